@@ -1,0 +1,39 @@
+# Every target makes what it needs: a virtual environment in .venv, with the project and its developer tools.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test bench lint format clean
+
+help:
+	@echo "make demo    train zero-shot, CoOp and GalLoP on the built-in scenes; writes runs/demo/report.html"
+	@echo "make test    run the test suite"
+	@echo "make bench   measure ours beside its peers; appends to benchmarks/results/"
+	@echo "make lint    check style; 'make format' repairs what can be repaired"
+
+$(VENV)/installed: pyproject.toml setup.cfg
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --editable . --group dev
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/fastprompt demo --out runs/demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks topk_similarity
+	$(BIN)/python -m benchmarks text_encoder
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,1 @@
+"""fastprompt: fast, exact prompt learning for CLIP-like models."""

@@ -1,0 +1,1 @@
+"""GPU and CPU operations of fastprompt. They know tensors, and nothing of CLIP, prompts or data."""
