@@ -1,0 +1,139 @@
+"""The frozen CLIP model that every learner stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastprompt.backbone.class_tokens import ClassTokens, tokenize_class_names
+from fastprompt.backbone.features import ImageFeatures
+from fastprompt.backbone.image_towers import image_tower
+from fastprompt.backbone.text import TextTower
+from fastprompt.backbone.tokenizer import Tokenizer
+from fastprompt.errors import InputError
+
+
+class Backbone(nn.Module):
+    """A frozen open_clip model, in evaluation mode for good, read the way prompt learners need it.
+
+    Made by ``load_backbone``.
+
+    Attributes:
+        name: architecture name, as given.
+        pretrained: tag or file of the weights, as given.
+        fingerprint: hex digest of architecture and weights; caches and checkpoints are keyed by it.
+        image_size: side of the square input image in pixels.
+        mean, std: normalisation of the three channels.
+        interpolation, resize_mode: how an image is brought to ``image_size``.
+        patch_grid: rows and columns of patches; P is their product.
+        patch_width: W, width of patch features.
+        embed_dim: D, width of the joint space.
+        text_width: width of token embeddings and contexts.
+        context_length: tokens that the text tower reads.
+        logit_scale: the frozen temperature: cosines are multiplied by it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        *,
+        name: str,
+        pretrained: str | None,
+        fingerprint: str,
+        preprocessing: dict,
+    ) -> None:
+        super().__init__()
+        size = preprocessing["size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        if height != width:
+            raise InputError(f"backbone {name!r} takes images of {height}x{width}: only square images are supported")
+        self.model = model.requires_grad_(False)
+        super().train(False)
+        self.tokenizer = tokenizer
+        self.name, self.pretrained, self.fingerprint = name, pretrained, fingerprint
+        self.image_size = height
+        self.mean, self.std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
+        self.interpolation = preprocessing["interpolation"]
+        self.resize_mode = preprocessing["resize_mode"]
+        self._images = image_tower(model.visual, height)
+        self._text = TextTower(model, tokenizer.start_of_text, tokenizer.padding)
+        self.patch_grid, self.patch_width = self._images.patch_grid, self._images.patch_width
+        self.text_width, self.context_length = self._text.width, self._text.context_length
+        self.logit_scale = model.logit_scale.float().exp().item()
+        with torch.no_grad():
+            self.embed_dim = self.project_patches(torch.zeros(1, self.patch_width)).shape[-1]
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stays in evaluation mode: batch statistics and dropout of a frozen tower never change."""
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.logit_scale.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the frozen weights."""
+        return self._text.token_embedding.weight.dtype
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether each context is encoded once for all classes (exact in causal text towers, impossible in others)."""
+        return self._text.shares_prefix
+
+    def encode_images(self, images: Tensor) -> ImageFeatures:
+        """Pooled and patch features of preprocessed images (B, 3, S, S).
+
+        Patch features are the value-path features of GalLoP (arXiv 2407.01400) for ViT and ResNet towers, and the
+        feature map of the trunk for timm towers.
+        """
+        expected = (3, self.image_size, self.image_size)
+        if images.shape[1:] != expected:
+            raise InputError(f"images: expected shape (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
+        pooled, patches = self._images.encode(images.to(self.device, self.dtype))
+        return ImageFeatures(F.normalize(at_least_float32(pooled), dim=-1), patches)
+
+    def project_patches(self, patches: Tensor) -> Tensor:
+        """Patch features (..., W) in the joint space (..., D), not normalised."""
+        return self._images.project(patches.to(self.device, self.dtype))
+
+    def tokenize(self, class_names: Sequence[str], suffix: str = "") -> ClassTokens:
+        """Class names as packed tokens. CoOp's family appends ``suffix="."``; GalLoP appends nothing."""
+        return tokenize_class_names(class_names, suffix, self.tokenizer.encode, self.tokenizer.end_of_text)
+
+    def embed_words(self, words: str) -> Tensor:
+        """Token embeddings (M, W) in float32 of the M tokens of ``words``: the usual start of a learned context."""
+        ids = torch.tensor(self.tokenizer.encode(words), dtype=torch.long)
+        return at_least_float32(self._text.embed(ids)).clone()
+
+    def encode_prompts(self, context: Tensor, class_tokens: ClassTokens) -> Tensor:
+        """Text features (G, C, D), L2-normalised, of every class behind every context.
+
+        Gradients reach ``context`` through the frozen tower. In a causal tower the G prefixes are encoded once and
+        the class names packed behind them: about G * (1 + M + T) tokens for T name tokens, instead of G * C * 77.
+
+        Args:
+            context: (G, M, W) contexts shared by all classes, or (G, C, M, W) contexts of their own.
+            class_tokens: from ``tokenize``.
+
+        Raises:
+            InputError: wrong shape, or a class name that does not fit behind the context.
+        """
+        shape = tuple(context.shape)
+        class_specific = len(shape) == 4 and shape[1] == len(class_tokens)
+        if shape[-1] != self.text_width or not (len(shape) == 3 or class_specific):
+            raise InputError(
+                f"context: expected shape (G, M, {self.text_width}) or (G, {len(class_tokens)}, M, {self.text_width}), "
+                f"got {shape}"
+            )
+        return F.normalize(at_least_float32(self._text.encode(context.to(self.device), class_tokens)), dim=-1)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Float32, or float64 where the tensor already is: norms and similarities are not taken in half precision."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,160 @@
+"""Frozen image towers: pooled features, and patch features before the joint projection, from one pass."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from torch import Tensor, nn
+
+from fastprompt.backbone.text import split_heads
+from fastprompt.errors import InputError
+
+
+class ImageTower(ABC):
+    """What a backbone needs of an image tower.
+
+    Attributes:
+        patch_grid: rows and columns of patches.
+        patch_width: W, the width of a patch feature before the joint projection.
+    """
+
+    patch_grid: tuple[int, int]
+    patch_width: int
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled features (B, D), not normalised, and patch features (B, P, W) of images (B, 3, S, S)."""
+
+    @abstractmethod
+    def project(self, patches: Tensor) -> Tensor:
+        """Patch features (..., W) in the joint space (..., D), not normalised."""
+
+
+def image_tower(visual: nn.Module, image_size: int) -> ImageTower:
+    """The reader that fits an open_clip image tower; ``InputError`` for a tower that we cannot read."""
+    if isinstance(visual, VisionTransformer):
+        return VisionTransformerTower(visual)
+    if isinstance(visual, ModifiedResNet):
+        return ResNetTower(visual, image_size)
+    if isinstance(visual, TimmModel):
+        return TimmTower(visual, image_size)
+    raise InputError(
+        f"image tower {type(visual).__name__} is not supported: expected a ViT, a ModifiedResNet or a timm trunk"
+    )
+
+
+class VisionTransformerTower(ImageTower):
+    """A ViT with a class token. Patch features follow the value path of the last block, as in GalLoP.
+
+    In the last block only the class token attends; a patch takes its own value instead of a mixture of values. Both
+    go through the same output projection and MLP, so the block costs no more than an ordinary one.
+    """
+
+    def __init__(self, visual: VisionTransformer) -> None:
+        blocks = visual.transformer.resblocks
+        if visual.attn_pool is not None or visual.pool_type != "tok":
+            raise InputError("a ViT without class-token pooling is not supported: its patch features are not defined")
+        if any(type(block) is not ResidualAttentionBlock for block in blocks):
+            raise InputError(f"ViT blocks of type {type(blocks[-1]).__name__} are not supported")
+        self.visual = visual
+        self.patch_grid = visual.grid_size
+        self.patch_width = visual.positional_embedding.shape[1]
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``ImageTower``."""
+        visual = self.visual
+        x = visual._embeds(images)  # (B, 1 + P, W)
+        for block in visual.transformer.resblocks[:-1]:
+            x = block(x)
+        x = visual.ln_post(_value_path_block(visual.transformer.resblocks[-1], x))
+        return x[:, 0] @ visual.proj, x[:, 1:]
+
+    def project(self, patches: Tensor) -> Tensor:
+        """See ``ImageTower``."""
+        return patches @ self.visual.proj
+
+
+def _value_path_block(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
+    """One block in which token 0 attends to all tokens and every other token keeps its own value."""
+    qkv = split_heads(block, block.ln_1(x))  # (B, 1 + P, 3, heads, d)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, 1 + P, d)
+    attended = F.scaled_dot_product_attention(q[:, :, :1], k, v)
+    mixed = torch.cat([attended, v[:, :, 1:]], dim=2).transpose(1, 2).flatten(2)
+    x = x + block.ls_1(block.attn.out_proj(mixed))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
+class ResNetTower(ImageTower):
+    """CLIP's ModifiedResNet. A patch feature is the value projection of its cell, already in the joint space."""
+
+    def __init__(self, visual: ModifiedResNet, image_size: int) -> None:
+        self.visual = visual
+        self.patch_grid = (image_size // 32, image_size // 32)
+        self.patch_width = visual.output_dim
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``ImageTower``."""
+        visual, pool = self.visual, self.visual.attnpool
+        x = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(images)))))
+        cells = x.flatten(2).transpose(1, 2)  # (B, P, W)
+        tokens = torch.cat([cells.mean(dim=1, keepdim=True), cells], dim=1) + pool.positional_embedding.to(x.dtype)
+
+        def heads(tokens: Tensor) -> Tensor:
+            return tokens.unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)
+
+        q, k, v = heads(pool.q_proj(tokens[:, :1])), heads(pool.k_proj(tokens)), heads(pool.v_proj(tokens))
+        pooled = pool.c_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1))
+        return pooled, pool.c_proj(pool.v_proj(cells))
+
+    def project(self, patches: Tensor) -> Tensor:
+        """See ``ImageTower``."""
+        return patches
+
+
+class TimmTower(ImageTower):
+    """A timm trunk with open_clip's head. Patch features are the trunk's feature map.
+
+    A patch is projected as an image that consists of this patch alone, so whatever stands between the map and the
+    joint space (norm, pooling, linear head) is applied once, exactly as for a whole image.
+    """
+
+    def __init__(self, visual: TimmModel, image_size: int) -> None:
+        if hasattr(visual.head, "pool"):
+            raise InputError("timm towers with a positional attention pool in open_clip's head are not supported")
+        self.visual = visual
+        self.prefix_tokens = getattr(visual.trunk, "num_prefix_tokens", 0)
+        self.channels_last = getattr(visual.trunk, "output_fmt", "NCHW") == "NHWC"
+        weight = next(visual.trunk.parameters())
+        with torch.no_grad():
+            blank = torch.zeros(1, 3, image_size, image_size, device=weight.device, dtype=weight.dtype)
+            features = visual.trunk.forward_features(blank)
+        self.is_map = features.dim() == 4
+        self.patch_grid = self._grid(features)
+        self.patch_width = self._patches(features).shape[-1]
+
+    def _grid(self, features: Tensor) -> tuple[int, int]:
+        if not self.is_map:
+            return tuple(self.visual.trunk.patch_embed.grid_size)
+        return tuple(features.shape[1:3] if self.channels_last else features.shape[2:4])
+
+    def _patches(self, features: Tensor) -> Tensor:
+        if not self.is_map:
+            return features[:, self.prefix_tokens :]
+        return features.flatten(1, 2) if self.channels_last else features.flatten(2).transpose(1, 2)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``ImageTower``."""
+        features = self.visual.trunk.forward_features(images)
+        return self.visual.head(self.visual.trunk.forward_head(features)), self._patches(features)
+
+    def project(self, patches: Tensor) -> Tensor:
+        """See ``ImageTower``."""
+        alone = patches.reshape(-1, 1, self.patch_width)  # every patch as an image of one patch
+        if self.is_map:
+            alone = alone[:, None] if self.channels_last else alone.transpose(1, 2)[..., None]
+        return self.visual.head(self.visual.trunk.forward_head(alone)).unflatten(0, patches.shape[:-1])

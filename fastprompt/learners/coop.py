@@ -1,0 +1,36 @@
+"""CoOp: one learned context for all classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from fastprompt.backbone import Backbone, ImageFeatures
+from fastprompt.learners.base import Learner, Scores, initial_context
+
+
+class CoOp(Learner):
+    """CoOp (arXiv 2109.01134) with a context shared by all classes and the class name at the end.
+
+    Args:
+        backbone: the frozen model.
+        class_names: C names; the prompt is "<context> <name>.".
+        context: words to start from, or a number of tokens with random start (16 in the paper's few-shot runs).
+    """
+
+    method: ClassVar[str] = "coop"
+
+    def __init__(self, backbone: Backbone, class_names: Sequence[str], *, context: str | int = "a photo of a") -> None:
+        super().__init__(backbone, class_names, suffix=".", options={"context": context})
+        self.context = nn.Parameter(initial_context(backbone, context))  # (M, W)
+
+    def encode_text(self) -> Tensor:
+        """See ``Learner``; G = 1."""
+        return self.backbone.encode_prompts(self.context[None], self.class_tokens)
+
+    def forward(self, features: ImageFeatures) -> Scores:
+        """Scores of B images: scaled cosines of the pooled feature."""
+        features = features.to(self.backbone.device)
+        return Scores(self.backbone.logit_scale * features.pooled @ self.text_features()[0].T)

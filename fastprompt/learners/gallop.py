@@ -1,0 +1,135 @@
+"""GalLoP: global prompts for the image, local prompts for its most telling patches at several scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from fastprompt_kernels import selected_patches, topk_similarity
+from torch import Tensor, nn
+
+from fastprompt.backbone import Backbone, ImageFeatures
+from fastprompt.backbone.backbone import at_least_float32
+from fastprompt.errors import InputError
+from fastprompt.learners.base import Learner, Scores, initial_context
+
+
+class GalLoP(Learner):
+    """GalLoP (arXiv 2407.01400), following its published code.
+
+    m global prompts are compared with the pooled feature. n local prompts are compared with all patches, after a
+    learned projection that starts as the identity; prompt j keeps the mean of the k_j best patches of each class.
+    The prediction averages both.
+
+    Args:
+        backbone: the frozen model.
+        class_names: C names; the prompt is "<context> <name>", without a full stop.
+        global_prompts: m.
+        k: patches kept by each local prompt, one number a prompt, so n = len(k); more than P means all patches.
+        dropout: share of the global prompts left out per image in the loss. Even at 0 the prompts are drawn with
+            replacement, as in the published code.
+        context: words to start from, or a number of tokens with random start.
+    """
+
+    method: ClassVar[str] = "gallop"
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        class_names: Sequence[str],
+        *,
+        global_prompts: int = 4,
+        k: Sequence[int] = (5, 10, 15, 20),
+        dropout: float = 0.75,
+        context: str | int = "a photo of a",
+    ) -> None:
+        _check(global_prompts, k, dropout)
+        options = {"global_prompts": global_prompts, "k": list(k), "dropout": dropout, "context": context}
+        super().__init__(backbone, class_names, suffix="", options=options)
+        self.k, self.dropout = tuple(k), dropout
+
+        def prompts(count: int) -> nn.Parameter:
+            return nn.Parameter(torch.stack([initial_context(backbone, context) for _ in range(count)]))
+
+        self.global_prompts = prompts(global_prompts)  # (m, M, W)
+        self.local_prompts = prompts(len(k))  # (n, M, W)
+        self.local_projection = nn.Parameter(torch.eye(backbone.patch_width, device=backbone.device))
+
+    def encode_text(self) -> Tensor:
+        """See ``Learner``; G = m + n, global prompts first."""
+        contexts = torch.cat([self.global_prompts, self.local_prompts])
+        return self.backbone.encode_prompts(contexts, self.class_tokens)
+
+    def _split_text(self) -> tuple[Tensor, Tensor]:
+        """Text features of the global (m, C, D) and of the local prompts (n, C, D)."""
+        return self.text_features().split([len(self.global_prompts), len(self.local_prompts)])
+
+    def local_features(self, features: ImageFeatures) -> Tensor:
+        """Patch features (B, P, D) behind the learned and the frozen projection, L2-normalised."""
+        patches = features.patches.to(self.backbone.device, self.backbone.dtype)
+        learned = F.linear(patches, self.local_projection.to(patches.dtype))
+        return F.normalize(at_least_float32(self.backbone.project_patches(learned)), dim=-1)
+
+    def mean_text(self) -> tuple[Tensor, Tensor]:
+        """See ``Learner``: global prompts score the pooled feature, local prompts the patches."""
+        of_global, of_local = self._split_text()
+        return of_global.mean(dim=0), of_local.mean(dim=0)
+
+    def forward(self, features: ImageFeatures) -> Scores:
+        """Scores of B images; parts "global" (B, m, C) and "local" (B, n, C) are raw cosines."""
+        features = features.to(self.backbone.device)
+        of_global, of_local = self._split_text()
+        global_cosines = torch.einsum("bd,mcd->bmc", features.pooled, of_global)
+        local_cosines = topk_similarity(self.local_features(features), of_local, self.k)
+        mean = (global_cosines.mean(dim=1) + local_cosines.mean(dim=1)) / 2
+        return Scores(self.backbone.logit_scale * mean, {"global": global_cosines, "local": local_cosines})
+
+    def draw_prompts(self, images: int) -> Tensor:
+        """Prompt dropout: the global prompts that count for each image, (images, kept), drawn with replacement."""
+        prompts = len(self.global_prompts)
+        kept = max(prompts - int(self.dropout * prompts), 1)
+        return torch.randint(prompts, (images, kept), device=self.backbone.device)
+
+    def loss(self, scores: Scores, labels: Tensor, *, drawn: Tensor | None = None) -> Tensor:
+        """Cross-entropy of the drawn global prompts, plus that of every local prompt, averaged over prompts.
+
+        Args:
+            scores: of B images.
+            labels: (B,).
+            drawn: (B, kept) indices of global prompts; drawn anew by default.
+        """
+        cosines, local = scores.parts["global"], scores.parts["local"]
+        drawn = self.draw_prompts(len(labels)) if drawn is None else drawn
+        labels = labels.to(cosines.device)
+        kept = cosines.take_along_dim(drawn[:, :, None], dim=1).mean(dim=1)  # (B, C)
+        scale = self.backbone.logit_scale
+        every_prompt = labels[:, None].expand(local.shape[:2])
+        return F.cross_entropy(scale * kept, labels) + F.cross_entropy(
+            scale * local.flatten(0, 1), every_prompt.flatten()
+        )
+
+    @torch.no_grad()
+    def selected_patches(self, features: ImageFeatures, class_index: Tensor) -> Tensor:
+        """Which patches each local prompt kept for one class per image, (B, n, P) bool.
+
+        Args:
+            features: of B images.
+            class_index: (B,).
+        """
+        local, (_, text) = self.local_features(features), self._split_text()
+        per_image = [
+            selected_patches(image[None], text[:, index : index + 1], self.k)[0, :, 0]
+            for image, index in zip(local, class_index.tolist(), strict=True)
+        ]
+        return torch.stack(per_image)
+
+
+def _check(global_prompts: int, k: Sequence[int], dropout: float) -> None:
+    if global_prompts < 1:
+        raise InputError(f"global_prompts: expected at least 1, got {global_prompts}")
+    if not k or min(k) < 1:
+        raise InputError(f"k: expected one number of patches of at least 1 per local prompt, got {tuple(k)}")
+    if not 0 <= dropout <= 1:
+        raise InputError(f"dropout: expected a share between 0 and 1, got {dropout}")

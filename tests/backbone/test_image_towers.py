@@ -1,0 +1,145 @@
+"""Pooled features are open_clip's own; patch features are the value path, computed the long way here."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastprompt import load_backbone
+from fastprompt.backbone.load import PRECISIONS
+from fastprompt.errors import InputError
+from tests.models import TEXT, VIT, make_backbone, make_clip
+
+RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "patch_size": None}
+
+
+def timm_trunk(name, pool, proj="linear"):
+    return {
+        "timm_model_name": name,
+        "timm_model_pretrained": False,
+        "timm_pool": pool,
+        "timm_proj": proj,
+        "image_size": 64,
+    }
+
+
+TOWERS = {
+    "vit": VIT,
+    "resnet": RESNET,
+    "timm map": timm_trunk("mobilenetv2_050", "avg"),
+    "timm head behind the pool": timm_trunk("convnext_atto", "avg"),
+    "timm channels last": timm_trunk("swin_s3_tiny_224", "avg") | {"image_size": 224},
+}
+
+
+@pytest.mark.parametrize("vision", TOWERS.values(), ids=TOWERS.keys())
+def test_pooled_features_are_those_of_open_clip(vision):
+    backbone = make_backbone(make_clip(vision, TEXT))
+    images = torch.randn(2, 3, backbone.image_size, backbone.image_size, dtype=torch.float64)
+    with torch.no_grad():
+        features = backbone.encode_images(images)
+        expected = backbone.model.encode_image(images, normalize=True)
+    rows, columns = backbone.patch_grid
+    torch.testing.assert_close(features.pooled, expected, rtol=0, atol=1e-12)
+    assert features.patches.shape == (2, rows * columns, backbone.patch_width)
+    assert backbone.project_patches(features.patches).shape == (2, rows * columns, backbone.embed_dim)
+
+
+def test_vit_patches_follow_the_value_path_of_the_last_block(vit_backbone, images):
+    visual = vit_backbone.model.visual
+    with torch.no_grad():
+        x = visual._embeds(images)
+        for block in visual.transformer.resblocks[:-1]:
+            x = block(x)
+        last = visual.transformer.resblocks[-1]
+        width = x.shape[-1]
+        value_weight, value_bias = last.attn.in_proj_weight[2 * width :], last.attn.in_proj_bias[2 * width :]
+        x = x + last.attn.out_proj(F.linear(last.ln_1(x), value_weight, value_bias))
+        x = x + last.mlp(last.ln_2(x))
+        expected = visual.ln_post(x)[:, 1:]
+        got = vit_backbone.encode_images(images).patches
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(vit_backbone.project_patches(got), expected @ visual.proj, rtol=0, atol=1e-12)
+
+
+def test_resnet_patches_are_projected_values_without_position():
+    backbone = make_backbone(make_clip(RESNET, TEXT))
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    visual = backbone.model.visual
+    with torch.no_grad():
+        cells = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(images)))))
+        cells = cells.flatten(2).transpose(1, 2)
+        expected = visual.attnpool.c_proj(visual.attnpool.v_proj(cells))
+        torch.testing.assert_close(backbone.encode_images(images).patches, expected, rtol=0, atol=1e-12)
+
+
+def test_a_constant_timm_map_projects_to_the_pooled_feature():
+    """Averaging equal patches changes nothing, so each projected patch must be the pooled feature itself."""
+    backbone = make_backbone(make_clip(TOWERS["timm head behind the pool"], TEXT))
+    visual = backbone.model.visual
+    patch = torch.randn(1, 1, backbone.patch_width, dtype=torch.float64)
+    grid = patch.transpose(1, 2)[..., None].expand(1, backbone.patch_width, *backbone.patch_grid)
+    with torch.no_grad():
+        pooled = visual.head(visual.trunk.forward_head(grid))
+        torch.testing.assert_close(backbone.project_patches(patch)[:, 0], pooled, rtol=1e-9, atol=1e-12)
+
+
+def test_each_block_runs_once(vit_backbone, images):
+    calls = []
+    blocks = vit_backbone.model.visual.transformer.resblocks
+    hooks = [block.mlp.register_forward_hook(lambda *_, index=i: calls.append(index)) for i, block in enumerate(blocks)]
+    vit_backbone.encode_images(images)
+    for hook in hooks:
+        hook.remove()
+    assert calls == list(range(len(blocks)))
+
+
+def test_a_backbone_is_frozen_for_good(vit_backbone):
+    vit_backbone.train()
+    assert not vit_backbone.training
+    assert not vit_backbone.model.training
+    assert not any(parameter.requires_grad for parameter in vit_backbone.parameters())
+
+
+def test_wrong_image_size_is_refused(vit_backbone):
+    with pytest.raises(InputError, match=r"expected shape \(B, 3, 32, 32\), got \(1, 3, 33, 32\)"):
+        vit_backbone.encode_images(torch.zeros(1, 3, 33, 32))
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "message"),
+    [
+        ("ViT-B-61", "openai", "'ViT-B-61' is not an architecture of open_clip: did you mean ViT-B-16"),
+        ("ViT-B-16", None, "needs weights: pass pretrained as a file or one of openai"),
+        ("ViT-B-16", "nonsense", "'nonsense' is neither a file nor a tag of 'ViT-B-16'"),
+        ("ViT-B-16", "openai", "trained with QuickGELU, .* pass 'ViT-B-16-quickgelu' instead"),
+        ("local-dir:nowhere", None, "could not be loaded: .*nowhere"),
+    ],
+)
+def test_unknown_backbones_say_what_to_pass(name, pretrained, message):
+    with pytest.raises(InputError, match=message):
+        load_backbone(name, pretrained, device="cpu")
+
+
+def test_precision_and_device_are_checked():
+    with pytest.raises(InputError, match="expected one of fp64, fp32, bf16, fp16, got 'float'"):
+        load_backbone("ViT-B-32", "random", precision="float")
+    with pytest.raises(InputError, match="device: expected a name"):
+        load_backbone("ViT-B-32", "random", device="toaster")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_fingerprint_tells_weights_apart_and_precision_does_not_change_it(tmp_path, precision):
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps({"embed_dim": 32, "vision_cfg": VIT, "text_cfg": TEXT}))
+    open_clip.add_model_config(config)
+    torch.manual_seed(0)
+    reference = load_backbone("tiny", "random", device="cpu")
+    torch.manual_seed(0)
+    same = load_backbone("tiny", "random", device="cpu", precision=precision)
+    other = load_backbone("tiny", "random", device="cpu")
+    assert same.fingerprint == reference.fingerprint != other.fingerprint
+    assert same.dtype == PRECISIONS[precision]
+    assert same.encode_images(torch.zeros(1, 3, 32, 32)).pooled.dtype in (torch.float32, torch.float64)
