@@ -57,12 +57,13 @@ def load_backbone(
     else:
         model, config = _load_open_clip(name, pretrained, cache_dir)
         tokenizer = load_tokenizer(name)
+    fingerprint = _fingerprint(model, config)  # before the precision is lowered, so that it names the weights alone
     return Backbone(
         model.to(device, PRECISIONS[precision or "fp32"]),
         tokenizer,
         name=name,
         pretrained=pretrained,
-        fingerprint=_fingerprint(model, config),
+        fingerprint=fingerprint,
         preprocessing=open_clip.get_model_preprocess_cfg(model),
     )
 
