@@ -1,1 +1,110 @@
-"""topk_similarity."""
+"""topk_similarity: the mean similarity of a prompt to the image patches that are most like it."""
+
+from collections.abc import Sequence
+from operator import index
+
+import torch
+from torch import Tensor
+
+from . import op, reference
+
+__all__ = ["available_implementations", "selected_patches", "topk_similarity"]
+
+K = int | Sequence[int] | Sequence[Sequence[int]]
+
+_IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
+
+
+def topk_similarity(patches: Tensor, prompts: Tensor, k: K, *, reduce: str = "none", impl: str = "auto") -> Tensor:
+    """The mean of the k largest similarities of every prompt to the patches of every image.
+
+        values[b, n, c] = 1/k * sum of the k largest of { <patches[b, p], prompts[n, c]> : p = 1..P }
+
+    This is the sparse pooling of GalLoP (Lafon et al., ECCV 2024, arXiv:2407.01400). Nothing is normalised here.
+
+    The products are accumulated, and the patches selected, in float32 (float64 for float64 inputs) whatever the dtype
+    of the inputs, and the result has that dtype. Under autocast the inputs are cast to autocast's dtype first.
+    Gradients have the dtype of their inputs. Among equal similarities the patch of the lowest index counts as the larger: every
+    implementation gives the gradient to the same patches. The gradient cannot be differentiated again, except through
+    the reference.
+
+    Args:
+        patches: (B, P, D), the patch features of B images.
+        prompts: (N, C, D), the text features of C classes under N prompts.
+        k: how many patches count: one int, one int per prompt, or one equally long sequence of ints per prompt (its
+            scales, whose means are averaged). A k larger than P means all P patches.
+        reduce: "none", or "mean" to average over the prompts as well.
+        impl: "reference" (plain torch, the definition), "blocked" (plain torch, bounded memory, any device), "triton"
+            (fused kernels: CUDA and ROCm, float32, float16 and bfloat16, P up to 1024), or "auto": triton where it can
+            run, blocked elsewhere. What is named explicitly is run or refused, never replaced.
+
+    Returns:
+        (B, N, C), or (B, C) with reduce="mean".
+
+    Raises:
+        TypeError: an argument is not of the kind named above, or the two dtypes differ.
+        ValueError: shapes or devices do not fit, k < 1, an unknown name, or an implementation that cannot run here.
+    """
+    scales = _checked(patches, prompts, k)
+    if reduce not in ("none", "mean"):
+        raise ValueError(f"reduce must be 'none' or 'mean', got {reduce!r}")
+    if impl not in _IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}")
+    values = op.topk_similarity(patches, prompts, scales, impl)
+    return values.mean(1) if reduce == "mean" else values
+
+
+def selected_patches(patches: Tensor, prompts: Tensor, k: K) -> Tensor:
+    """Which patches topk_similarity averages: for drawing, so it holds the whole similarity in memory.
+
+    Args:
+        patches: (B, P, D), as in topk_similarity.
+        prompts: (N, C, D), as in topk_similarity; slice it to ask for some classes only.
+        k: as in topk_similarity; of several scales the largest counts.
+
+    Returns:
+        (B, N, C, P) bool.
+    """
+    with torch.no_grad():
+        return reference.selected_patches(patches, prompts, _checked(patches, prompts, k))
+
+
+def available_implementations(device: torch.device | str) -> dict[str, str]:
+    """For every implementation "usable", or the reason why it cannot run on this device."""
+    return {
+        "reference": "usable",
+        "blocked": "usable",
+        "triton": op.why_not_triton(torch.device(device)) or "usable",
+    }
+
+
+def _checked(patches: Tensor, prompts: Tensor, k: K) -> list[list[int]]:
+    """The scales of every prompt, none larger than P, once the arguments are known to fit."""
+    for name, tensor, axes in (("patches", patches, "(B, P, D)"), ("prompts", prompts, "(N, C, D)")):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, got {found}")
+        if tensor.ndim != 3 or tensor.shape[0 if name == "prompts" else 1] == 0:
+            raise ValueError(f"{name} must have shape {axes} with P and N at least 1, got {tuple(tensor.shape)}")
+    if patches.dtype != prompts.dtype:
+        raise TypeError(f"patches and prompts must have one dtype, got {patches.dtype} and {prompts.dtype}")
+    if patches.device != prompts.device:
+        raise ValueError(f"patches and prompts must be on one device, got {patches.device} and {prompts.device}")
+    if patches.shape[2] != prompts.shape[2]:
+        raise ValueError(f"patches and prompts must agree in D, got {patches.shape[2]} and {prompts.shape[2]}")
+    return [[min(scale, patches.shape[1]) for scale in scales] for scales in _scales(k, len(prompts))]
+
+
+def _scales(k: K, N: int) -> list[list[int]]:
+    """The argument k as one list of scales per prompt."""
+    expected = f"k must be an int, {N} ints or {N} equally long sequences of ints (one per prompt), got {k!r}"
+    try:
+        rows = [k] * N if isinstance(k, int) else list(k)
+        scales = [[row] if isinstance(row, int) else [index(scale) for scale in row] for row in rows]
+    except TypeError as error:
+        raise TypeError(expected) from error
+    if len(scales) != N or len({len(row) for row in scales}) != 1 or not scales[0]:
+        raise ValueError(expected)
+    if min(min(row) for row in scales) < 1:
+        raise ValueError(f"k must be at least 1, got {k!r}")
+    return scales
