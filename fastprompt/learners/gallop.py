@@ -82,7 +82,9 @@ class GalLoP(Learner):
         features = features.to(self.backbone.device)
         of_global, of_local = self._split_text()
         global_cosines = torch.einsum("bd,mcd->bmc", features.pooled, of_global)
-        local_cosines = topk_similarity(self.local_features(features), of_local, self.k)
+        # Inputs in the precision of the tower, for its tensor cores; the op accumulates and answers in float32.
+        dtype = self.backbone.dtype
+        local_cosines = topk_similarity(self.local_features(features).to(dtype), of_local.to(dtype), self.k)
         mean = (global_cosines.mean(dim=1) + local_cosines.mean(dim=1)) / 2
         return Scores(self.backbone.logit_scale * mean, {"global": global_cosines, "local": local_cosines})
 
