@@ -87,7 +87,8 @@ class ImageTransform:
                 image = tv.horizontal_flip(image)
         else:
             image = tv.center_crop(tv.resize(image, [self.size], interpolation, antialias=True), [self.size, self.size])
-        pixels = tv.to_dtype(tv.pil_to_tensor(image), torch.float32, scale=True)
+        # Divided, as open_clip does: tv.to_dtype multiplies by 1/255, which differs in the last bit.
+        pixels = tv.pil_to_tensor(image).float().div(255)
         return tv.normalize(pixels, list(self.mean), list(self.std))
 
 
