@@ -1,0 +1,85 @@
+"""From image files to a batch of tensors."""
+
+import os
+import struct
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastprompt.data.transforms import ImageTransform
+from fastprompt.errors import InputError
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""What counts as an image file in a folder, in lower case; other files are left alone."""
+
+# What Pillow raises for files that are absent, not images, cut short or damaged inside.
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+def default_workers() -> int:
+    """Return the number of threads that read files: one a core, at most 8."""
+    return min(os.cpu_count() or 1, 8)
+
+
+def find_images(folder: Path) -> tuple[Path, ...]:
+    """List the image files directly in a folder, sorted by name; hidden files are ignored."""
+    return tuple(
+        sorted(
+            path
+            for path in folder.iterdir()
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+        )
+    )
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Read an image as RGB. As in CLIP's own pipeline, an EXIF orientation is not applied.
+
+    Raises:
+        InputError: If the file is absent or cannot be decoded; the sentence names it.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise InputError(f"image {path}: no such file") from error
+    except _DECODE_ERRORS as error:
+        raise InputError(f"image {path}: cannot be read as an image ({error})") from error
+
+
+def read_batch(
+    paths: Sequence[Path],
+    transform: ImageTransform,
+    *,
+    generator: torch.Generator | None = None,
+    workers: int | None = None,
+) -> Tensor:
+    """Read, transform and stack images, on several threads (Pillow releases the interpreter while it decodes).
+
+    Args:
+        paths: B image files.
+        transform: How a picture becomes a tensor.
+        generator: For an augmenting transform: one seed an image is drawn from it before anything is read, so that
+            the result depends on the generator alone and not on the number of threads.
+        workers: Number of threads; None for one a core, at most 8.
+
+    Returns:
+        A (B, 3, S, S) float32 tensor, rows in the order of ``paths``.
+
+    Raises:
+        InputError: If an image cannot be read, or an augmenting transform gets no generator.
+    """
+
+    def read(path: Path, seed: int | None) -> Tensor:
+        own = None if seed is None else torch.Generator().manual_seed(seed)
+        return transform(load_image(path), own)
+
+    seeds: list[int | None] = [None] * len(paths)
+    if generator is not None:
+        seeds = torch.randint(2**62, (len(paths),), generator=generator, device=generator.device).tolist()
+    with ThreadPoolExecutor(workers or default_workers()) as pool:
+        return torch.stack(list(pool.map(read, paths, seeds)))

@@ -1,0 +1,217 @@
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastprompt.data import FeatureCache, default_cache_dir, feature_cache, load_image, test_transform, train_transform
+from fastprompt.errors import InputError
+from tests.data.images_on_disk import write_image
+
+test_transform.__test__ = False  # a transform of the test split, not a test
+HALF = (0.5, 0.5, 0.5)
+TRANSFORM = test_transform(4, HALF, HALF)
+
+
+class CountingEncoder:
+    """Counts images; optionally fails in a call."""
+
+    def __init__(self, failure=None, fails_at=None):
+        self.images, self.calls, self.failure, self.fails_at = 0, 0, failure, fails_at
+
+    def __call__(self, images):
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise self.failure
+        self.images += len(images)
+        return encode(images)
+
+
+def encode(images):
+    return {"pooled": images.mean(dim=(2, 3)), "patches": images.flatten(2).half()}
+
+
+def direct(paths):
+    return encode(torch.stack([TRANSFORM(load_image(path)) for path in paths]))
+
+
+@pytest.fixture
+def paths(tmp_path):
+    return [write_image(tmp_path / "images" / f"{i:02}.png", seed=i) for i in range(23)]
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(feature_cache, "SHARD_ROWS", 8)
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Load through a newly opened cache, as another process would; returns features and number of images encoded."""
+
+    def load(paths, key="key", encoder=None, batch_size=4):
+        encoder = encoder or CountingEncoder()
+        cache = FeatureCache(tmp_path / "cache", key)
+        return cache.load(paths, encoder, TRANSFORM, batch_size=batch_size, progress=False), encoder.images
+
+    return load
+
+
+def shards(tmp_path):
+    return sorted((tmp_path / "cache").glob("*/*.safetensors"))
+
+
+def test_rows_equal_encoding_directly_in_the_order_asked_for(load, paths):
+    features, _ = load(paths)
+    assert len(features) == 23
+    indices = torch.tensor([22, 0, 9, 9, 16, 3])
+    rows, expected = features.rows(indices), direct([paths[i] for i in indices])
+    assert rows.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(rows[name], tensor, rtol=0, atol=0)
+    assert features.rows(indices[:0])["patches"].shape == (0, 3, 16)
+
+
+def test_each_image_is_encoded_once(load, paths, tmp_path):
+    assert load(paths[:10])[1] == 10
+    assert load(paths[:10])[1] == 0
+    features, encoded = load(paths[::-1])
+    assert encoded == 13
+    torch.testing.assert_close(features.rows(torch.arange(23)), direct(paths[::-1]), rtol=0, atol=0)
+    assert len(shards(tmp_path)) == 4  # 8 + 2, then 8 + 5
+
+
+def test_one_cache_object_serves_several_splits(tmp_path, paths):
+    cache, encoder = FeatureCache(tmp_path / "cache", "key"), CountingEncoder()
+    train = cache.load(paths[:12], encoder, TRANSFORM, progress=False)
+    test = cache.load(paths[8:], encoder, TRANSFORM, progress=False)
+    assert encoder.images == 23
+    torch.testing.assert_close(train.rows(torch.arange(12)), direct(paths[:12]), rtol=0, atol=0)
+    torch.testing.assert_close(test.rows(torch.arange(15)), direct(paths[8:]), rtol=0, atol=0)
+
+
+def test_equal_files_are_encoded_once(load, paths, tmp_path):
+    copy = tmp_path / "copy.png"
+    copy.write_bytes(paths[0].read_bytes())
+    features, encoded = load([paths[0], copy, paths[1], paths[0]])
+    assert encoded == 2
+    torch.testing.assert_close(features.rows(torch.arange(4)), direct([paths[i] for i in (0, 0, 1, 0)]))
+
+
+def test_a_changed_file_is_encoded_again(load, paths):
+    load(paths)
+    write_image(paths[5], seed=99)
+    features, encoded = load(paths)
+    assert encoded == 1
+    torch.testing.assert_close(features.rows(torch.tensor([5])), direct([paths[5]]), rtol=0, atol=0)
+
+
+def test_a_moved_file_is_not_encoded_again(load, paths):
+    load(paths)
+    assert load([path.rename(path.with_name(f"moved {path.name}")) for path in paths])[1] == 0
+
+
+def test_another_key_is_another_cache(load, paths):
+    load(paths)
+    assert load(paths, key="other key")[1] == 23
+    assert load(paths)[1] == 0
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), InputError("bad"), RuntimeError("out of memory")])
+def test_what_was_encoded_before_an_interruption_is_kept(load, paths, tmp_path, failure):
+    with pytest.raises(type(failure)):
+        load(paths, encoder=CountingEncoder(failure, fails_at=4))
+    features, encoded = load(paths)
+    assert encoded == 23 - 3 * 4  # a full shard of 8 and a partly filled one of 4
+    torch.testing.assert_close(features.rows(torch.arange(23)), direct(paths), rtol=0, atol=0)
+    assert not list(tmp_path.rglob("*.unfinished"))
+
+
+def test_an_interruption_while_writing_leaves_no_shard_and_loses_nothing(load, paths, tmp_path, monkeypatch):
+    written = []
+
+    def interrupted_once(tensors, path, metadata):
+        written.append(path)
+        path.write_bytes(b"half a sha")
+        if len(written) == 1:
+            raise KeyboardInterrupt
+        save_file(tensors, path, metadata=metadata)
+
+    save_file = feature_cache.save_file
+    monkeypatch.setattr(feature_cache, "save_file", interrupted_once)
+    with pytest.raises(KeyboardInterrupt):
+        load(paths)
+    assert load(paths)[1] == 23 - 8
+    assert not list(tmp_path.rglob("*.unfinished"))
+
+
+def test_files_of_a_killed_process_are_ignored(load, paths, tmp_path):
+    load(paths[:4])
+    (shards(tmp_path)[0].parent / "0123.unfinished").write_bytes(b"half a shard")
+    assert load(paths)[1] == 19
+
+
+def test_two_writers_at_once_do_not_disturb_each_other(load, paths):
+    class Reentrant(CountingEncoder):
+        def __call__(self, images):
+            if self.calls == 1:
+                load(paths)  # another process fills the same cache meanwhile
+            return super().__call__(images)
+
+    features, _ = load(paths, encoder=Reentrant())
+    torch.testing.assert_close(features.rows(torch.arange(23)), direct(paths), rtol=0, atol=0)
+    assert load(paths)[1] == 0
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+def test_a_damaged_shard_is_named(load, paths, tmp_path, keep):
+    load(paths)
+    shard = shards(tmp_path)[1]
+    shard.write_bytes(shard.read_bytes()[:keep])
+    sentence = rf"^feature cache {re.escape(str(shard))}: is damaged \(.*\); delete the file, and its images"
+    with pytest.raises(InputError, match=sentence):
+        load(paths)
+    shard.unlink()
+    assert 0 < load(paths)[1] <= 8
+
+
+def test_a_shard_that_does_not_list_its_rows_is_refused(load, paths, tmp_path):
+    load(paths[:4])
+    feature_cache.save_file({"pooled": torch.zeros(2, 3)}, shards(tmp_path)[0], metadata={})
+    with pytest.raises(InputError, match="is damaged"):
+        load(paths)
+
+
+def test_rows_come_from_mapped_files_not_from_memory(load, paths, tmp_path):
+    features, _ = load(paths)
+    before = features.rows(torch.arange(23))["pooled"]
+    for shard in shards(tmp_path):  # overwrite the data in place: a copy in memory would not notice
+        size, header = shard.stat().st_size, int.from_bytes(shard.read_bytes()[:8], "little")
+        with shard.open("r+b") as file:
+            file.seek(8 + header)
+            file.write(bytes(size - 8 - header))
+    assert before.any()
+    assert not features.rows(torch.arange(23))["pooled"].any()
+
+
+def test_bad_arguments(tmp_path, paths):
+    cache = FeatureCache(tmp_path / "cache", "key")
+    with pytest.raises(InputError, match="the transform is random"):
+        cache.load(paths, encode, train_transform(4, HALF, HALF))
+    with pytest.raises(InputError, match="expected at least one image, got none"):
+        cache.load([], encode, TRANSFORM)
+    with pytest.raises(InputError, match=r"image .*none.png: cannot be read \(No such file or directory\)"):
+        cache.load([*paths, tmp_path / "none.png"], encode, TRANSFORM, progress=False)
+    with pytest.raises(ValueError, match="encode: expected 23 rows of 'pooled', got 1"):
+        cache.load(paths, lambda images: {"pooled": images[:1]}, TRANSFORM, progress=False)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_default_folder(monkeypatch):
+    monkeypatch.setenv("FASTPROMPT_CACHE", "~/mine")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert default_cache_dir() == Path.home() / "mine"
+    monkeypatch.delenv("FASTPROMPT_CACHE")
+    assert default_cache_dir() == Path("/xdg/fastprompt")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_cache_dir() == Path.home() / ".cache/fastprompt"

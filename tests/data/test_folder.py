@@ -1,0 +1,81 @@
+import re
+
+import pytest
+
+from fastprompt.data import load_dataset
+from fastprompt.errors import InputError
+from tests.data.images_on_disk import write_image
+
+
+def relative(images, root):
+    return [path.relative_to(root).as_posix() for path in images.paths]
+
+
+def test_splits_are_read_in_sorted_class_order(class_folders):
+    root = class_folders({"train/sea_lion": 2, "train/Cat": 1, "test/sea_lion": 1, "test/Cat": 1, "val/Cat": 1})
+    write_image(root / "val/sea_lion/x.JPG")
+    (root / "train/Cat/.hidden.png").write_bytes(b"not an image")
+    (root / "train/Cat/notes.txt").write_text("not an image")
+    (root / "train/.git").mkdir()
+    data = load_dataset(root)
+    assert data.name == "pets"
+    assert data.train.class_names == data.val.class_names == data.test.class_names == ("Cat", "sea lion")
+    assert relative(data.train, root) == ["train/Cat/000.png", "train/sea_lion/000.png", "train/sea_lion/001.png"]
+    assert data.train.labels == (0, 1, 1)
+    assert relative(data.val, root) == ["val/Cat/000.png", "val/sea_lion/x.JPG"]
+    assert relative(data.test, root) == ["test/Cat/000.png", "test/sea_lion/000.png"]
+
+
+def test_underscores_can_be_kept(class_folders):
+    root = class_folders({"sea_lion": 2})
+    assert load_dataset(root, keep_underscores=True).train.class_names == ("sea_lion",)
+
+
+def test_without_test_val_is_the_test_split(class_folders):
+    root = class_folders({"train/cat": 1, "val/cat": 2})
+    data = load_dataset(root)
+    assert data.val is None
+    assert relative(data.test, root) == ["val/cat/000.png", "val/cat/001.png"]
+
+
+def test_a_fifth_of_each_class_is_held_out_and_stays_so(class_folders):
+    root = class_folders({"cat": 10, "dog": 2})
+    data = load_dataset(root)
+    assert data.val is None
+    assert [data.train.labels.count(label) for label in (0, 1)] == [8, 1]
+    assert [data.test.labels.count(label) for label in (0, 1)] == [2, 1]
+    assert sorted(data.train.paths + data.test.paths) == sorted(root.glob("*/*.png"))
+    # Written down, so that a release that changes who is held out is noticed.
+    assert relative(data.test, root) == ["cat/000.png", "cat/008.png", "dog/001.png"]
+    class_folders({"ape": 3})  # another class changes the labels, not the images held out
+    assert set(data.test.paths) < set(load_dataset(root).test.paths)
+
+
+def test_a_class_called_train_is_a_class(class_folders):
+    assert load_dataset(class_folders({"train": 2, "car": 2})).train.class_names == ("car", "train")
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(InputError, match=r"^data folder .*nowhere: no such folder$"):
+        load_dataset(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("counts", "sentence"),
+    [
+        ({}, "data folder {root}: expected one subfolder a class, found no subfolder"),
+        ({"cat": 2, "dog": 0}, "class folder {root}/dog: expected image files directly in it"),
+        ({"cat": 2, "dog": 1}, "class folder {root}/dog: expected at least 2 images"),
+        ({"sea_lion": 2, "sea lion": 2}, "'sea lion' and 'sea_lion' give one class name, 'sea lion'"),
+        ({"train/cat": 1}, "data folder {root}: has train/, but neither test/ nor val/ beside it"),
+        ({"test/cat": 1, "cat": 2}, "data folder {root}: has test/ with class folders, but no train/ beside it"),
+        ({"train/cat": 1, "test/cat": 1, "test/dog": 1}, "class 'dog' is in test/ but not in train/"),
+        ({"train/cat": 1, "train/ape": 1, "test/cat": 1}, "class 'ape' is in train/ but not in test/"),
+        ({"train/cat": 1, "test/cat": 1, "val/cat": 0}, "class folder {root}/val/cat: expected image files"),
+    ],
+)
+def test_bad_folders_get_one_sentence(class_folders, counts, sentence):
+    root = class_folders(counts)
+    with pytest.raises(InputError, match=re.escape(sentence.format(root=root))) as caught:
+        load_dataset(root)
+    assert "\n" not in str(caught.value)
