@@ -1,0 +1,1 @@
+"""The frozen CLIP-like model."""
