@@ -1,22 +1,16 @@
-"""Where training batches come from: cached features, or images that are decoded and encoded on the fly."""
+"""Where training batches come from: cached features, or images that are read and encoded on the fly."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fastprompt.backbone.features import ImageFeatures
 from fastprompt.errors import InputError
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-DECODERS = 4  # threads that read and decode images; the transforms that follow run in order in the caller's thread
 
 
 class FeatureSource(Protocol):
@@ -53,6 +47,14 @@ class ImageEncoder(Protocol):
         ...
 
 
+class ReadImages(Protocol):
+    """What `ImageSource` reads files with."""
+
+    def __call__(self, paths: Sequence[Path], *, generator: torch.Generator | None) -> Tensor:
+        """Transformed images (b, 3, S, S); a random transform draws from `generator` alone."""
+        ...
+
+
 class CachedSource:
     """Features that were computed before, for a deterministic transform.
 
@@ -80,33 +82,25 @@ class CachedSource:
 
 
 class ImageSource:
-    """Images that are decoded, transformed and encoded for every batch, as random transforms need.
+    """Images that are read, transformed and encoded for every batch, as random transforms need.
 
     Args:
         paths: Image files.
         labels: (n,) class indices, one a file.
-        load: Reads a file as a PIL image (`fastprompt.data.load_image`).
-        transform: PIL image to (3, S, S) float tensor. If random, it draws from torch's default CPU generator, as
-            torchvision's transforms do.
-        backbone: Encodes a batch of transformed images.
+        read: Files and a generator to transformed images (b, 3, S, S), for instance
+            `functools.partial(fastprompt.data.read_batch, transform=transform)`.
+        backbone: Encodes the images.
 
     Raises:
         InputError: There are not as many labels as paths.
     """
 
     def __init__(
-        self,
-        paths: Sequence[Path],
-        labels: Sequence[int] | Tensor,
-        *,
-        load: Callable[[Path], Image.Image],
-        transform: Callable[[Image.Image], Tensor],
-        backbone: ImageEncoder,
+        self, paths: Sequence[Path], labels: Sequence[int] | Tensor, *, read: ReadImages, backbone: ImageEncoder
     ) -> None:
         self.paths = tuple(paths)
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
-        self.load = load
-        self.transform = transform
+        self.read = read
         self.backbone = backbone
         if len(self.paths) != len(self.labels):
             raise InputError(f"labels must be as many as the {len(self.paths)} image paths, not {len(self.labels)}")
@@ -117,11 +111,6 @@ class ImageSource:
     # no_grad, not inference_mode: the learner saves these features for its backward pass.
     @torch.no_grad()
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> ImageFeatures:
-        """Features of the images at `indices` (b,), freshly transformed with random numbers from `generator`."""
-        paths = [self.paths[i] for i in indices.tolist()]
-        with ThreadPoolExecutor(DECODERS) as decoders, torch.random.fork_rng(devices=[]):
-            if generator is not None:
-                # torch.manual_seed would also seed the accelerators, whose state is not forked here.
-                torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            pixels = torch.stack([self.transform(image) for image in decoders.map(self.load, paths)])
-        return self.backbone.encode_images(pixels)
+        """Features of the images at `indices` (b,), transformed anew with random numbers from `generator`."""
+        images = self.read([self.paths[i] for i in indices.tolist()], generator=generator)
+        return self.backbone.encode_images(images)
