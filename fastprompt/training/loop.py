@@ -1,0 +1,261 @@
+"""The training loop: SGD on a learner, exact on resume, and nothing lost on Ctrl-C."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fastprompt.errors import InputError
+from fastprompt.training.interrupt import Interrupted, InterruptFlag
+from fastprompt.training.metrics import EpochMetrics, TrainingResult, peak_memory, reset_peak_memory
+from fastprompt.training.run_folder import MODEL, STATE, RunFolder
+from fastprompt.training.settings import TrainingSettings
+from fastprompt.training.sources import FeatureSource
+from fastprompt.training.state import TrainingState, restore_learned
+
+if TYPE_CHECKING:
+    from fastprompt.learners import Learner
+
+log = logging.getLogger(__name__)
+
+READ_EVERY = 10  # steps between two reads of the loss: each read waits for the device
+ORDER, TRANSFORMS, LOSS = 0, 1, 2  # what random numbers are drawn for
+
+
+def fit(
+    learner: Learner,
+    source: FeatureSource,
+    settings: TrainingSettings,
+    *,
+    run: RunFolder | None = None,
+    on_epoch: Callable[[EpochMetrics], None] | None = None,
+    progress: bool = True,
+) -> TrainingResult:
+    """Train a learner in place.
+
+    The order of the images, random transforms and the randomness inside the loss depend on the seed, the epoch and the
+    step alone. A run that was stopped anywhere therefore ends with the same numbers as one that was not.
+
+    Args:
+        learner: What to train; its parameters are updated.
+        source: Training images as features, with labels.
+        settings: Optimizer, schedule, seed.
+        run: Where state and metrics are kept. An unfinished run is resumed; of a complete one the learned tensors are
+            loaded and nothing is trained. When training is done, call `run.save_model`.
+        on_epoch: Called after every epoch, for instance to evaluate.
+        progress: Whether to show a progress bar on standard error.
+
+    Raises:
+        InputError: There is nothing to train or to train on, a label is out of range, the run's state does not fit, or
+            the loss or a learned tensor is not finite any more.
+        Interrupted: Ctrl-C; the state after the last step is in the run folder. A second Ctrl-C raises
+            KeyboardInterrupt at once.
+    """
+    device = _check(learner, source)
+    if run is not None and run.complete:
+        log.info("%s is complete: nothing to train", run.path)
+        restore_learned(learner, run.load_model()[0], run.path / MODEL)
+        return TrainingResult(tuple(_history(run)))
+    training = _Training(learner, source, settings, run, device)
+    training.resume()
+    learner.train()
+    reset_peak_memory(device)
+    with _own_random_numbers(device), InterruptFlag() as interrupt, training.bar(progress) as bar:
+        while training.epoch < settings.epochs:
+            training.train_epoch(interrupt, bar)
+            training.finish_epoch(on_epoch)
+            if interrupt.requested:
+                raise training.interrupted()
+    learner.eval()
+    return TrainingResult(tuple(training.history))
+
+
+class _Training:
+    """A learner with its optimizer, at a step of an epoch (both counted from 0)."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        source: FeatureSource,
+        settings: TrainingSettings,
+        run: RunFolder | None,
+        device: torch.device,
+    ) -> None:
+        self.learner, self.source, self.settings, self.run, self.device = learner, source, settings, run, device
+        self.optimizer = torch.optim.SGD(
+            learner.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+        self.steps = settings.steps_per_epoch(len(source))
+        self.history: list[EpochMetrics] = []
+        self._start_epoch(0)
+
+    def _start_epoch(self, epoch: int) -> None:
+        self.epoch, self.step, self.seconds = epoch, 0, 0.0
+        # Losses stay on the device and are read now and then, so that a step does not wait for the one before.
+        self.losses = torch.zeros(self.steps, device=self.device)
+        self.correct = torch.zeros(self.steps, dtype=torch.int64, device=self.device)
+
+    def train_epoch(self, interrupt: InterruptFlag, bar: tqdm) -> None:
+        """Train the steps of this epoch that are left."""
+        lr = self.settings.learning_rate(self.epoch)
+        self.optimizer.param_groups[0]["lr"] = lr
+        order = torch.randperm(len(self.source), generator=self._generator(ORDER, 0))
+        started, seconds_before = time.perf_counter(), self.seconds
+        while self.step < self.steps:
+            size = self.settings.batch_size
+            self._train_step(order[self.step * size : (self.step + 1) * size])
+            self.step += 1
+            bar.update()
+            if self.step % READ_EVERY == 0 or self.step == self.steps or interrupt.requested:
+                loss, accuracy = self._read_losses()
+                bar.set_postfix(epoch=self.epoch + 1, loss=loss, accuracy=accuracy, lr=lr, refresh=False)
+            self.seconds = seconds_before + time.perf_counter() - started
+            if interrupt.requested:
+                self.save()
+                raise self.interrupted()
+
+    def _train_step(self, indices: Tensor) -> None:
+        # Prompt dropout draws from the default generator of the logits' device.
+        torch.manual_seed(_derived_seed(self.settings.seed, self.epoch, self.step, LOSS))
+        features = self.source.batch(indices, self._generator(TRANSFORMS, self.step)).to(self.device)
+        labels = self.source.labels[indices].to(self.device)
+        scores = self.learner(features)
+        loss = self.learner.loss(scores, labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.losses[self.step] = loss.detach()
+        self.correct[self.step] = (scores.logits.detach().argmax(1) == labels).sum()
+
+    def _read_losses(self) -> tuple[float, float]:
+        """Mean loss and accuracy of this epoch's steps so far; an error if a loss is not finite."""
+        losses = self.losses[: self.step].cpu()
+        bad = (~losses.isfinite()).nonzero()
+        if len(bad):
+            raise self._diverged(f"the loss became {float(losses[bad[0]])} in step {int(bad[0]) + 1}")
+        return float(losses.mean()), int(self.correct[: self.step].sum()) / (self.step * self._images_per_step())
+
+    def finish_epoch(self, on_epoch: Callable[[EpochMetrics], None] | None) -> None:
+        """Report this epoch and save the state at the start of the next."""
+        loss, accuracy = self._read_losses()
+        for name, tensor in self.learner.named_parameters():
+            if not tensor.isfinite().all():
+                raise self._diverged(f"{name} is not finite any more after the last step")
+        metrics = EpochMetrics(
+            epoch=self.epoch + 1,
+            loss=loss,
+            accuracy=accuracy,
+            lr=self.settings.learning_rate(self.epoch),
+            seconds=self.seconds,
+            images_per_second=self.steps * self._images_per_step() / self.seconds,
+            peak_memory_bytes=peak_memory(self.device),
+        )
+        self.history.append(metrics)
+        if self.run is not None:
+            self.run.log("epoch", **asdict(metrics))
+        if on_epoch is not None:
+            on_epoch(metrics)
+            self.learner.train()
+        self._start_epoch(self.epoch + 1)
+        self.save()
+
+    def save(self) -> None:
+        if self.run is None:
+            return
+        buffers = {name: self.optimizer.state[p].get("momentum_buffer") for name, p in self.learner.named_parameters()}
+        self.run.save_state(
+            TrainingState(
+                images=len(self.source),
+                epoch=self.epoch,
+                step=self.step,
+                seconds=self.seconds,
+                losses=self.losses[: self.step],
+                correct=self.correct[: self.step],
+                learned=self.learner.state_dict(),
+                momentum={name: buffer for name, buffer in buffers.items() if buffer is not None},
+            )
+        )
+
+    def resume(self) -> None:
+        """Go to the step that the run was left at, if there is one."""
+        state = self.run.load_state() if self.run is not None else None
+        if self.run is not None:
+            self.run.drop_metrics_after(state.epoch if state else 0)
+        if state is None:
+            return
+        file = self.run.path / STATE
+        if state.images != (now := len(self.source)):
+            raise InputError(f"{file} was made with {state.images} training images, but now there are {now}")
+        restore_learned(self.learner, state.learned, file)
+        for name, parameter in self.learner.named_parameters():
+            if name in state.momentum:
+                self.optimizer.state[parameter]["momentum_buffer"] = state.momentum[name].to(self.device)
+        self._start_epoch(state.epoch)
+        self.step, self.seconds = state.step, state.seconds
+        self.losses[: self.step] = state.losses.to(self.device)
+        self.correct[: self.step] = state.correct.to(self.device)
+        self.history = _history(self.run)
+
+    def bar(self, progress: bool) -> tqdm:
+        done = self.epoch * self.steps + self.step
+        return tqdm(
+            total=self.settings.epochs * self.steps, initial=done, disable=not progress, desc="training", unit="step"
+        )
+
+    def interrupted(self) -> Interrupted:
+        # Between two epochs the last step is that of the epoch before.
+        between = self.step == 0 and self.epoch > 0
+        epoch, step = (self.epoch, self.steps) if between else (self.epoch + 1, self.step)
+        kept = f"{self.run.path} holds this state, and the same command resumes it" if self.run else "nothing was saved"
+        where = f"in epoch {epoch} of {self.settings.epochs} after step {step} of {self.steps}"
+        return Interrupted(f"interrupted {where}: {kept}", epoch, step)
+
+    def _diverged(self, what: str) -> InputError:
+        lr = self.settings.learning_rate(self.epoch)
+        return InputError(f"{what} of epoch {self.epoch + 1} at learning rate {lr:g}: try a smaller lr, or a warm-up")
+
+    def _images_per_step(self) -> int:
+        return min(self.settings.batch_size, len(self.source))
+
+    def _generator(self, purpose: int, step: int) -> torch.Generator:
+        return torch.Generator().manual_seed(_derived_seed(self.settings.seed, self.epoch, step, purpose))
+
+
+def _derived_seed(*numbers: int) -> int:
+    """One well-mixed 64-bit seed from several small numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def _own_random_numbers(device: torch.device) -> AbstractContextManager[Any]:
+    """Give the caller's random number generators back as they were."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def _check(learner: Learner, source: FeatureSource) -> torch.device:
+    """The learner's device, after checks that need no step."""
+    parameters = dict(learner.named_parameters())
+    if not parameters:
+        raise InputError(f"learner must have something to train, but {learner.method} has no parameters")
+    for name, parameter in parameters.items():
+        if torch.finfo(parameter.dtype).bits < 32:
+            raise InputError(f"{name} must be float32 to be trained, not {parameter.dtype}")
+    if not len(source):
+        raise InputError("source must have at least one training image, not 0")
+    low, high, classes = int(source.labels.min()), int(source.labels.max()), len(learner.class_names)
+    if low < 0 or high >= classes:
+        raise InputError(f"labels must be from 0 to {classes - 1}, not from {low} to {high}")
+    return next(iter(parameters.values())).device
+
+
+def _history(run: RunFolder) -> list[EpochMetrics]:
+    lines = run.metrics("epoch")
+    return [EpochMetrics(**{name: value for name, value in line.items() if name != "kind"}) for line in lines]

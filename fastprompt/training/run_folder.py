@@ -1,0 +1,190 @@
+"""A run on disk: its config, its environment, its metrics, its state while it trains, its model when it is done."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fastprompt.errors import InputError
+from fastprompt.training.environment import environment
+from fastprompt.training.state import TrainingState, read_tensors, tensors_to_bytes
+
+if TYPE_CHECKING:
+    from fastprompt.learners import Learner
+
+CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
+MODEL, STATE = "model.safetensors", "training_state.safetensors"
+METADATA = "fastprompt"  # safetensors keeps strings only: ours is one JSON object under this key
+
+
+class RunFolder:
+    """One training run in one folder. Every file is replaced as a whole, so that a killed process leaves no half file.
+
+    The folder is made by the first write, not before: a run that fails on its input leaves nothing behind.
+
+    Attributes:
+        path: The folder.
+        config: What the run was asked for, as it stands in config.json.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        self.path = path
+        self.config = dict(config)
+
+    @classmethod
+    def create_or_resume(cls, path: str | Path, config: Mapping[str, Any]) -> RunFolder:
+        """The run folder at `path`: a new one if there is nothing, the existing one if its config is the same.
+
+        Args:
+            path: The folder.
+            config: The resolved settings: what JSON can hold, and paths, which become strings.
+
+        Raises:
+            InputError: The folder holds a run with another config, or something that is not a run.
+        """
+        path, config = Path(path), json.loads(json.dumps(config, default=str))
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return cls(path, config)
+        if not _is_run(path):
+            raise InputError(
+                f"{path} must be absent, empty or an earlier run, but it is something else: choose another --out"
+            )
+        run = cls.open(path)
+        old, new = _flat(run.config), _flat(config)
+        for name in [*new, *(old.keys() - new.keys())]:
+            if old.get(name, "(not set)") != new.get(name, "(not set)"):
+                raise InputError(
+                    f"{path} holds a run with {name} = {old.get(name, '(not set)')}, but now {name} = "
+                    f"{new.get(name, '(not set)')}: choose another --out, or the old value to resume that run"
+                )
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """The existing run at `path`.
+
+        Raises:
+            InputError: There is no run, or its config.json is damaged.
+        """
+        path = Path(path)
+        if not _is_run(path):
+            raise InputError(f"{path} must be a run folder, with {CONFIG} and {ENVIRONMENT} in it, and it is not")
+        return cls(path, _parse(path / CONFIG, (path / CONFIG).read_bytes()))
+
+    @property
+    def complete(self) -> bool:
+        """Whether training has finished: the model is written last."""
+        return (self.path / MODEL).is_file()
+
+    def log(self, kind: str, **values: Any) -> None:
+        """Add a line to metrics.jsonl: {"kind": kind, ...values}; give `epoch` (from 1) where there is one."""
+        self._write_metrics([*self.metrics(), {"kind": kind, **values}])
+
+    def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl in order, all or those of one kind.
+
+        Raises:
+            InputError: A line is not a JSON object.
+        """
+        file = self.path / METRICS
+        lines = file.read_bytes().splitlines() if file.is_file() else []
+        parsed = [_parse(file, line, number) for number, line in enumerate(lines, start=1)]
+        return [line for line in parsed if kind in (None, line.get("kind"))]
+
+    def drop_metrics_after(self, epoch: int) -> None:
+        """Remove the lines of epochs that will be trained again: all whose `epoch` (from 1) is above this one."""
+        lines = self.metrics()
+        kept = [line for line in lines if line.get("epoch", 0) <= epoch]
+        if len(kept) < len(lines):
+            self._write_metrics(kept)
+
+    def save_state(self, state: TrainingState) -> None:
+        """Write the state that an unfinished training resumes from."""
+        self._write(STATE, state.to_bytes())
+
+    def load_state(self) -> TrainingState | None:
+        """The saved state; None if there is none.
+
+        Raises:
+            InputError: The file is damaged.
+        """
+        file = self.path / STATE
+        return TrainingState.from_file(file) if file.is_file() else None
+
+    def save_model(self, learner: Learner, extra: Mapping[str, Any] | None = None) -> None:
+        """Write the learned tensors, which completes the run; the training state is not needed any more.
+
+        Args:
+            learner: Its method, class names and the identity of its backbone go into the file's metadata, which is one
+                JSON object under the key "fastprompt".
+            extra: More metadata, for instance what is needed to build the learner again; what JSON can hold.
+        """
+        metadata = {
+            "method": learner.method,
+            "class_names": list(learner.class_names),
+            "backbone": learner.backbone.name,
+            "pretrained": learner.backbone.pretrained,
+            "fingerprint": learner.backbone.fingerprint,
+            **(extra or {}),
+        }
+        self._write(MODEL, tensors_to_bytes(learner.state_dict(), {METADATA: json.dumps(metadata)}))
+        (self.path / STATE).unlink(missing_ok=True)
+
+    def load_model(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The learned tensors on the CPU, and the metadata that `save_model` wrote.
+
+        Raises:
+            InputError: Training has not finished, or the file is damaged.
+        """
+        file = self.path / MODEL
+        if not self.complete:
+            raise InputError(f"{file} must exist, but this run has not finished training: train it again to resume it")
+        tensors, metadata = read_tensors(file)
+        return tensors, _parse(file, metadata.get(METADATA, "null"))
+
+    def _write_metrics(self, lines: list[dict[str, Any]]) -> None:
+        self._write(METRICS, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+
+    def _write(self, name: str, content: bytes) -> None:
+        if not (self.path / CONFIG).is_file():
+            self.path.mkdir(parents=True, exist_ok=True)
+            # config.json comes second: where it is, the folder is a run.
+            _replace(self.path / ENVIRONMENT, json.dumps(environment(), indent=2).encode() + b"\n")
+            _replace(self.path / CONFIG, json.dumps(self.config, indent=2).encode() + b"\n")
+        _replace(self.path / name, content)
+
+
+def _replace(file: Path, content: bytes) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _is_run(path: Path) -> bool:
+    return (path / CONFIG).is_file() and (path / ENVIRONMENT).is_file()
+
+
+def _parse(file: Path, text: str | bytes, line: int | None = None) -> dict[str, Any]:
+    where = f"{file}, line {line}," if line else f"{file}"
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{where} must hold a JSON object: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{where} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    if not isinstance(config, dict) or not config:
+        return {prefix.rstrip("."): config}
+    return {name: value for key, below in config.items() for name, value in _flat(below, f"{prefix}{key}.").items()}

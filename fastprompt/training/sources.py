@@ -1,0 +1,116 @@
+"""Where training batches come from: cached features, or images that are read and encoded on the fly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastprompt.backbone.features import ImageFeatures
+from fastprompt.errors import InputError
+
+
+class FeatureSource(Protocol):
+    """Labelled images as features, in any order.
+
+    Attributes:
+        labels: (n,) int64, an index into the learner's class names for every image.
+    """
+
+    labels: Tensor
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> ImageFeatures:
+        """Features of the images at `indices` (b,), in that order; `generator` makes random transforms repeatable."""
+        ...
+
+
+class FeatureRows(Protocol):
+    """What `CachedSource` reads from: named tensors with one row an image."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, indices: Tensor) -> Mapping[str, Tensor]:
+        """The rows at `indices` of every tensor, in that order; "pooled" (b, D) and "patches" (b, P, W) among them."""
+        ...
+
+
+class ImageEncoder(Protocol):
+    """What `ImageSource` needs of a backbone."""
+
+    def encode_images(self, images: Tensor) -> ImageFeatures:
+        """Features of images (B, 3, S, S), which may lie on another device than the weights."""
+        ...
+
+
+class ReadImages(Protocol):
+    """What `ImageSource` reads files with."""
+
+    def __call__(self, paths: Sequence[Path], *, generator: torch.Generator | None) -> Tensor:
+        """Transformed images (b, 3, S, S); a random transform draws from `generator` alone."""
+        ...
+
+
+class CachedSource:
+    """Features that were computed before, for a deterministic transform.
+
+    Args:
+        features: One row an image, for instance the data room's cached features.
+        labels: (n,) class indices in the order of the rows.
+
+    Raises:
+        InputError: There are not as many labels as rows.
+    """
+
+    def __init__(self, features: FeatureRows, labels: Sequence[int] | Tensor) -> None:
+        self.features = features
+        self.labels = torch.as_tensor(labels, dtype=torch.int64)
+        if len(features) != len(self.labels):
+            raise InputError(f"labels must be as many as the {len(features)} cached images, not {len(self.labels)}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> ImageFeatures:
+        """Features of the images at `indices` (b,); nothing here is random."""
+        rows = self.features.rows(indices)
+        return ImageFeatures(rows["pooled"], rows["patches"])
+
+
+class ImageSource:
+    """Images that are read, transformed and encoded for every batch, as random transforms need.
+
+    Args:
+        paths: Image files.
+        labels: (n,) class indices, one a file.
+        read: Files and a generator to transformed images (b, 3, S, S), for instance
+            `functools.partial(fastprompt.data.read_batch, transform=transform)`.
+        backbone: Encodes the images.
+
+    Raises:
+        InputError: There are not as many labels as paths.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], labels: Sequence[int] | Tensor, *, read: ReadImages, backbone: ImageEncoder
+    ) -> None:
+        self.paths = tuple(paths)
+        self.labels = torch.as_tensor(labels, dtype=torch.int64)
+        self.read = read
+        self.backbone = backbone
+        if len(self.paths) != len(self.labels):
+            raise InputError(f"labels must be as many as the {len(self.paths)} image paths, not {len(self.labels)}")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    # no_grad, not inference_mode: the learner saves these features for its backward pass.
+    @torch.no_grad()
+    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> ImageFeatures:
+        """Features of the images at `indices` (b,), transformed anew with random numbers from `generator`."""
+        images = self.read([self.paths[i] for i in indices.tolist()], generator=generator)
+        return self.backbone.encode_images(images)

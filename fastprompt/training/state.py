@@ -1,0 +1,106 @@
+"""The state of an unfinished training, as tensors and strings: nothing is pickled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor, nn
+
+from fastprompt.errors import InputError
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything that a resumed training needs to go on exactly as if it had not stopped.
+
+    The learning rate and all random numbers follow from the settings, the epoch and the step, so they have no state.
+
+    Attributes:
+        images: Number of training images, to notice that the data changed.
+        epoch: Epochs that are done.
+        step: Steps that are done in the epoch after those.
+        seconds: Time spent on these steps.
+        losses: (step,) float32, loss of each of these steps.
+        correct: (step,) int64, images that each of these steps predicted right.
+        learned: The learner's state_dict.
+        momentum: SGD's momentum buffers by parameter name; empty before the first step.
+    """
+
+    images: int
+    epoch: int
+    step: int
+    seconds: float
+    losses: Tensor
+    correct: Tensor
+    learned: Mapping[str, Tensor]
+    momentum: Mapping[str, Tensor]
+
+    def to_bytes(self) -> bytes:
+        """The state in the safetensors format."""
+        tensors = {"losses": self.losses, "correct": self.correct}
+        tensors |= {f"learned.{name}": tensor for name, tensor in self.learned.items()}
+        tensors |= {f"momentum.{name}": tensor for name, tensor in self.momentum.items()}
+        counters = {name: repr(getattr(self, name)) for name in ("images", "epoch", "step", "seconds")}
+        return tensors_to_bytes(tensors, counters)
+
+    @classmethod
+    def from_file(cls, path: Path) -> TrainingState:
+        """Read a state that `to_bytes` made.
+
+        Raises:
+            InputError: The file is damaged or holds something else.
+        """
+        tensors, metadata = read_tensors(path)
+        try:
+            return cls(
+                images=int(metadata["images"]),
+                epoch=int(metadata["epoch"]),
+                step=int(metadata["step"]),
+                seconds=float(metadata["seconds"]),
+                losses=tensors["losses"],
+                correct=tensors["correct"],
+                learned=_below("learned.", tensors),
+                momentum=_below("momentum.", tensors),
+            )
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{path} must hold the state of a training, but {error} is missing or invalid") from error
+
+
+def tensors_to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Tensors on any device and strings, in the safetensors format."""
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(on_cpu, dict(metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, on the CPU, and its metadata.
+
+    Raises:
+        InputError: The file cannot be read as safetensors.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path} must be a readable safetensors file: {error}") from error
+
+
+def restore_learned(learner: nn.Module, learned: Mapping[str, Tensor], path: Path) -> None:
+    """Copy learned tensors from a file into a learner.
+
+    Raises:
+        InputError: The names or shapes in the file are not those of the learner.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in learner.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in learned.items()}
+    if expected != found:
+        raise InputError(f"{path} must hold the learned tensors {expected} of this learner, but it holds {found}")
+    learner.load_state_dict(dict(learned))
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,123 @@
+import math
+from itertools import chain
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastprompt.errors import InputError
+
+
+def test_loss_falls_and_predictions_are_learned(toy):
+    learner = toy.learner()
+    result = toy.fit(learner, toy.source(), toy.settings(epochs=20))
+    losses = [epoch.loss for epoch in result.epochs]
+    assert losses[0] == pytest.approx(math.log(4), rel=0.1)  # weights start at zero
+    assert losses[-1] < 0.7 * losses[0]
+    assert result.epochs[-1].accuracy > 0.95
+    assert result.seconds == sum(epoch.seconds for epoch in result.epochs) > 0
+    assert all(epoch.peak_memory_bytes > 10 * 2**20 for epoch in result.epochs)
+
+
+def test_one_step_is_sgd_with_weight_decay(toy):
+    learner, source = toy.learner(), toy.source(n=8)
+    torch.manual_seed(5)
+    torch.nn.init.normal_(learner.weight)
+    before = learner.weight.detach().clone()
+    learner.loss = lambda scores, labels: F.cross_entropy(scores.logits, labels)
+    loss = learner.loss(learner(source.batch(torch.arange(8))), source.labels)
+    gradient = torch.autograd.grad(loss, learner.weight)[0]
+    settings = toy.settings(epochs=1, warmup_epochs=0, lr=0.5, weight_decay=0.1)
+    result = toy.fit(learner, source, settings)
+    torch.testing.assert_close(learner.weight, before - 0.5 * (gradient + 0.1 * before))
+    assert result.epochs[0].loss == pytest.approx(loss.item())
+    assert result.epochs[0].lr == 0.5
+
+
+@pytest.mark.parametrize(("n", "sizes"), [(5, [5]), (8, [8]), (20, [8, 8])])
+def test_batches_of_an_epoch(toy, n, sizes):
+    source = toy.source(n=n)
+    result = toy.fit(toy.learner(), source, toy.settings(epochs=2))
+    asked = source.features.asked
+    assert [len(batch) for batch in asked] == sizes * 2
+    first, second = ([*chain(*batches)] for batches in (asked[: len(sizes)], asked[len(sizes) :]))
+    assert len(set(first)) == len(first) == sum(sizes)  # no image twice
+    assert first != second  # shuffled anew
+    assert result.epochs[0].images_per_second == pytest.approx(sum(sizes) / result.epochs[0].seconds)
+
+
+def test_seed_decides_and_callers_generator_is_left_alone(toy):
+    def weights(seed, callers_seed):
+        torch.manual_seed(callers_seed)
+        state = torch.get_rng_state()
+        learner = toy.learner()
+        toy.fit(learner, toy.source(), toy.settings(seed=seed))
+        assert torch.equal(torch.get_rng_state(), state)
+        return learner.weight.detach()
+
+    assert torch.equal(weights(1, 10), weights(1, 11))
+    assert not torch.equal(weights(1, 10), weights(2, 10))
+
+
+def test_random_numbers_of_the_loss_differ_from_step_to_step(toy):
+    drawn, learner = [], toy.learner()
+    plain = learner.loss
+    learner.loss = lambda scores, labels: drawn.append(torch.rand(2).tolist()) or plain(scores, labels)
+    toy.fit(learner, toy.source(n=16), toy.settings(epochs=3))
+    assert len({tuple(pair) for pair in drawn}) == 6
+
+
+def test_transforms_get_a_generator_of_their_own(toy):
+    source, seen = toy.source(n=16), []
+    plain = source.batch
+    source.batch = lambda indices, generator: seen.append(int(generator.initial_seed())) or plain(indices)
+    toy.fit(toy.learner(), source, toy.settings(epochs=2))
+    assert len(set(seen)) == 4
+
+
+def test_on_epoch_sees_every_epoch_and_training_mode_comes_back(toy):
+    learner, seen, modes = toy.learner(), [], []
+    plain = learner.loss
+    learner.loss = lambda scores, labels: modes.append(learner.training) or plain(scores, labels)
+
+    def on_epoch(metrics):
+        seen.append(metrics)
+        learner.eval()
+
+    result = toy.fit(learner, toy.source(), toy.settings(), on_epoch=on_epoch)
+    assert tuple(seen) == result.epochs and [metrics.epoch for metrics in seen] == [1, 2, 3, 4]
+    assert all(modes) and not learner.training
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_loss_that_is_not_finite_names_the_step(toy, tmp_path, value):
+    learner, run, calls = toy.learner(), toy.run(tmp_path / "run"), []
+    plain = learner.loss
+    # 44 images make 5 steps of 8: call 8 is step 3 of epoch 2.
+    learner.loss = lambda scores, labels: plain(scores, labels) * (value if calls.append(0) or len(calls) == 8 else 1)
+    with pytest.raises(InputError, match=rf"the loss became {value} in step 3 of epoch 2 at learning rate 0.5: try"):
+        toy.fit(learner, toy.source(), toy.settings(), run=run)
+    state = run.load_state()
+    assert state.epoch == 1 and state.learned["weight"].isfinite().all()
+
+
+def test_tensors_that_are_not_finite_are_never_saved(toy, tmp_path):
+    learner, run = toy.learner(), toy.run(tmp_path / "run")
+    learner.bias.register_hook(lambda gradient: gradient * math.nan)
+    learner.loss = lambda scores, labels: scores.logits.nan_to_num().square().mean() + learner.bias.nan_to_num().sum()
+    with pytest.raises(InputError, match="bias is not finite any more after the last step of epoch 1"):
+        toy.fit(learner, toy.source(), toy.settings(), run=run)
+    assert not run.path.exists()
+
+
+def test_what_cannot_be_trained_is_refused(toy):
+    with pytest.raises(InputError, match="labels must be from 0 to 2, not from 0 to 3"):
+        toy.fit(toy.learner(classes=3), toy.source(classes=4), toy.settings())
+    with pytest.raises(InputError, match="at least one training image"):
+        toy.fit(toy.learner(), toy.source(n=0), toy.settings())
+    with pytest.raises(InputError, match=r"weight must be float32 to be trained, not torch\.float16"):
+        toy.fit(toy.learner().half(), toy.source(), toy.settings())
+    nothing = toy.learner()
+    del nothing.weight, nothing.bias
+    with pytest.raises(InputError, match="toy has no parameters"):
+        toy.fit(nothing, toy.source(), toy.settings())

@@ -1,0 +1,158 @@
+"""A run that was stopped anywhere ends with the numbers of a run that was not."""
+
+import json
+import os
+import signal
+import threading
+
+import pytest
+import torch
+
+from fastprompt.errors import InputError
+from fastprompt.training import Interrupted
+from fastprompt.training.interrupt import InterruptFlag
+
+STEPS = 5  # of an epoch: 44 images in batches of 8
+
+
+def press_ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def straight(toy, path):
+    learner, run = toy.learner(), toy.run(path)
+    result = toy.fit(learner, toy.source(), toy.settings(), run=run)
+    run.save_model(learner)
+    return learner, result, run
+
+
+def without_clock(epochs):
+    return [(epoch.epoch, epoch.loss, epoch.accuracy, epoch.lr) for epoch in epochs]
+
+
+@pytest.mark.parametrize("call", [1, 8, 10, 20])  # first step, inside an epoch, last step of one, last step of all
+def test_interrupted_run_ends_bitwise_like_a_straight_one(toy, tmp_path, call):
+    expected, expected_result, expected_run = straight(toy, tmp_path / "straight")
+    path = tmp_path / "stopped"
+    with pytest.raises(Interrupted) as stop:
+        toy.fit(toy.learner(), toy.source(at_call={call: press_ctrl_c}), toy.settings(), run=toy.run(path))
+    assert (stop.value.epoch - 1) * STEPS + stop.value.step == call
+    assert str(path) in str(stop.value) and f"epoch {stop.value.epoch} of 4 after step {stop.value.step}" in str(
+        stop.value
+    )
+    state = toy.run(path).load_state()
+    assert state.epoch * STEPS + state.step == call
+
+    learner, run = toy.learner(), toy.run(path)
+    source = toy.source()
+    result = toy.fit(learner, source, toy.settings(), run=run)
+    run.save_model(learner)
+    assert len(source.features.asked) == 4 * STEPS - call  # no step twice
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(learner.state_dict()[name], tensor), name
+    assert without_clock(result.epochs) == without_clock(expected_result.epochs)
+    assert [line["epoch"] for line in run.metrics("epoch")] == [1, 2, 3, 4]
+    assert (path / "model.safetensors").read_bytes() == (expected_run.path / "model.safetensors").read_bytes()
+
+
+def test_killed_run_repeats_its_epoch_without_double_lines(toy, tmp_path):
+    expected, _, _ = straight(toy, tmp_path / "straight")
+    path = tmp_path / "killed"
+
+    def die(metrics):
+        run.log("evaluation", epoch=metrics.epoch, accuracy=0.5)
+        if metrics.epoch == 3:
+            raise SystemExit  # after the lines of epoch 3, before its state
+
+    run = toy.run(path)
+    with pytest.raises(SystemExit):
+        toy.fit(toy.learner(), toy.source(), toy.settings(), run=run, on_epoch=die)
+    assert [line["epoch"] for line in run.metrics()] == [1, 1, 2, 2, 3, 3]
+    learner, run = toy.learner(), toy.run(path)
+    toy.fit(learner, toy.source(), toy.settings(), run=run)
+    assert torch.equal(learner.weight, expected.weight)
+    assert [(line["kind"], line["epoch"]) for line in run.metrics()] == [
+        ("epoch", 1), ("evaluation", 1), ("epoch", 2), ("evaluation", 2), ("epoch", 3), ("epoch", 4),
+    ]  # fmt: skip
+
+
+def test_ctrl_c_between_epochs(toy, tmp_path):
+    run = toy.run(tmp_path / "run")
+    with pytest.raises(Interrupted) as stop:
+        toy.fit(toy.learner(), toy.source(), toy.settings(), run=run, on_epoch=lambda metrics: press_ctrl_c())
+    assert (stop.value.epoch, stop.value.step) == (1, STEPS)
+    assert (run.load_state().epoch, run.load_state().step) == (1, 0)
+
+
+def test_ctrl_c_without_a_run_folder_says_so(toy):
+    with pytest.raises(Interrupted, match="epoch 1 of 4 after step 2 of 5: nothing was saved"):
+        toy.fit(toy.learner(), toy.source(at_call={2: press_ctrl_c}), toy.settings())
+
+
+def test_second_ctrl_c_stops_at_once_and_the_handler_comes_back(toy, tmp_path):
+    def twice():
+        press_ctrl_c()
+        press_ctrl_c()
+
+    handler = signal.getsignal(signal.SIGINT)
+    run = toy.run(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt) as stop:
+        toy.fit(toy.learner(), toy.source(at_call={7: twice}), toy.settings(), run=run)
+    assert not isinstance(stop.value, Interrupted)
+    assert run.load_state().epoch == 1 and run.load_state().step == 0
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_training_in_another_thread_leaves_signals_alone(toy):
+    handler, seen, errors = signal.getsignal(signal.SIGINT), [], []
+    source = toy.source(at_call={1: lambda: seen.append(signal.getsignal(signal.SIGINT))})
+
+    def train():
+        try:
+            toy.fit(toy.learner(), source, toy.settings())
+        except ValueError as error:  # what signal.signal raises outside the main thread
+            errors.append(error)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert not errors and seen == [handler] and len(source.features.asked) == 4 * STEPS
+
+
+def test_flag_is_set_by_the_first_signal():
+    with InterruptFlag() as interrupt:
+        assert not interrupt.requested
+        press_ctrl_c()
+        assert interrupt.requested
+
+
+def test_complete_run_is_loaded_not_trained(toy, tmp_path):
+    expected, expected_result, _ = straight(toy, tmp_path / "run")
+    learner, source, run = toy.learner(), toy.source(), toy.run(tmp_path / "run")
+    assert run.complete and run.load_state() is None
+    result = toy.fit(learner, source, toy.settings(), run=run)
+    assert not source.features.asked
+    assert torch.equal(learner.weight, expected.weight)
+    assert result == expected_result
+
+
+def test_other_data_or_another_learner_is_refused(toy, tmp_path):
+    with pytest.raises(Interrupted):
+        toy.fit(toy.learner(), toy.source(at_call={7: press_ctrl_c}), toy.settings(), run=toy.run(tmp_path / "run"))
+    with pytest.raises(InputError, match="44 training images, but now there are 40"):
+        toy.fit(toy.learner(), toy.source(n=40), toy.settings(), run=toy.run(tmp_path / "run"))
+    with pytest.raises(InputError, match=r"training_state\.safetensors must hold the learned tensors"):
+        toy.fit(toy.learner(classes=5), toy.source(), toy.settings(), run=toy.run(tmp_path / "run"))
+
+
+def test_a_run_that_fails_on_its_input_leaves_nothing(toy, tmp_path):
+    with pytest.raises(InputError):
+        toy.fit(toy.learner(classes=3), toy.source(), toy.settings(), run=toy.run(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_metrics_are_json_lines(toy, tmp_path):
+    _, result, run = straight(toy, tmp_path / "run")
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == [epoch.loss for epoch in result.epochs]
+    assert {line["kind"] for line in lines} == {"epoch"}

@@ -1,0 +1,163 @@
+import json
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import fastprompt.training.run_folder as run_folder
+from fastprompt.errors import InputError
+from fastprompt.training import RunFolder
+from fastprompt.training.state import TrainingState
+from fastprompt.version import __version__
+
+CONFIG = {"method": "toy", "training": {"lr": 0.1, "k": (5, 10)}, "data": Path("images")}
+
+
+def make_state(**changes):
+    values = {"images": 3, "epoch": 1, "step": 2, "seconds": 0.1 + 0.2, "momentum": {}}
+    values |= {"losses": torch.tensor([1.5, 2.5]), "correct": torch.tensor([1, 0])}
+    values |= {"learned": {"a.weight": torch.randn(3, 2).T}}
+    return TrainingState(**values | changes)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run that exists on disk."""
+    run = RunFolder.create_or_resume(tmp_path / "runs" / "a", CONFIG)
+    run.log("epoch", epoch=1, loss=0.5)
+    return run
+
+
+def test_folder_appears_with_the_first_write_and_is_resumed(tmp_path):
+    run = RunFolder.create_or_resume(tmp_path / "runs" / "a", CONFIG)
+    assert not (tmp_path / "runs").exists() and not run.complete
+    run.log("epoch", epoch=1)
+    assert sorted(file.name for file in run.path.iterdir()) == ["config.json", "environment.json", "metrics.jsonl"]
+    again = RunFolder.create_or_resume(run.path, CONFIG)
+    assert again.metrics() == [{"kind": "epoch", "epoch": 1}]
+    assert json.loads((run.path / "config.json").read_text()) == again.config
+    assert again.config == {"method": "toy", "training": {"lr": 0.1, "k": [5, 10]}, "data": "images"}
+
+
+def test_existing_empty_folder_is_used(tmp_path):
+    RunFolder.create_or_resume(tmp_path, CONFIG).log("epoch", epoch=1)
+    assert RunFolder.open(tmp_path).config["method"] == "toy"
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (CONFIG | {"training": {"lr": 0.2, "k": (5, 10)}}, r"training\.lr = 0\.1, but now training\.lr = 0\.2"),
+        (CONFIG | {"training": {"lr": 0.1, "k": (5, 20)}}, r"training\.k = \[5, 10\], but now training\.k = \[5, 20\]"),
+        (CONFIG | {"seed": 1}, r"seed = \(not set\), but now seed = 1"),
+        ({"method": "toy", "training": CONFIG["training"]}, r"data = images, but now data = \(not set\)"),
+    ],
+)
+def test_another_config_is_refused_by_name(run, config, words):
+    before = {file: file.read_bytes() for file in run.path.iterdir()}
+    with pytest.raises(InputError, match=words + ": choose another --out"):
+        RunFolder.create_or_resume(run.path, config)
+    assert {file: file.read_bytes() for file in run.path.iterdir()} == before
+
+
+def test_foreign_folders_and_files_are_refused(tmp_path):
+    (tmp_path / "photo.png").write_bytes(b"x")
+    for path in (tmp_path, tmp_path / "photo.png"):
+        with pytest.raises(InputError, match="something else: choose another --out"):
+            RunFolder.create_or_resume(path, CONFIG)
+    with pytest.raises(InputError, match="must be a run folder"):
+        RunFolder.open(tmp_path)
+    (tmp_path / "config.json").write_text("{}")  # many programs write one
+    with pytest.raises(InputError, match="something else"):
+        RunFolder.create_or_resume(tmp_path, CONFIG)
+    with pytest.raises(InputError, match="must be a run folder"):
+        RunFolder.open(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("content", [b'{"method"', b"[1]", b"\xff\xfe"])
+def test_damaged_config_and_metrics_name_the_file(run, content):
+    (run.path / "metrics.jsonl").write_bytes(b'{"kind": "epoch"}\n' + content + b"\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 2, must hold a JSON object"):
+        run.metrics()
+    (run.path / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"config\.json must hold a JSON object"):
+        RunFolder.create_or_resume(run.path, CONFIG)
+
+
+def test_state_comes_back_exactly(run):
+    state = make_state(momentum={"a.weight": torch.randn(2, 3)})
+    run.save_state(state)
+    back = run.load_state()
+    assert (back.images, back.epoch, back.step, back.seconds) == (3, 1, 2, 0.1 + 0.2)
+    assert torch.equal(back.losses, state.losses) and torch.equal(back.correct, state.correct)
+    assert back.learned.keys() == back.momentum.keys() == {"a.weight"}
+    assert torch.equal(back.learned["a.weight"], state.learned["a.weight"])
+    assert torch.equal(back.momentum["a.weight"], state.momentum["a.weight"])
+
+
+def test_damaged_or_foreign_state_is_refused(run, toy):
+    file = run.path / "training_state.safetensors"
+    run.save_state(make_state())
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(InputError, match="must be a readable safetensors file"):
+        run.load_state()
+    run.save_model(toy.learner())
+    (run.path / "model.safetensors").rename(file)
+    with pytest.raises(InputError, match=r"must hold the state of a training, but 'images' is missing"):
+        run.load_state()
+
+
+def test_model_holds_tensors_and_metadata_and_completes_the_run(run, toy):
+    learner = toy.learner()
+    torch.nn.init.normal_(learner.weight)
+    run.save_state(make_state())
+    with pytest.raises(InputError, match="has not finished training"):
+        run.load_model()
+    run.save_model(learner, {"k": [5, 10], "suffix": "."})
+    assert run.complete and not (run.path / "training_state.safetensors").exists()
+    tensors, metadata = run.load_model()
+    assert tensors.keys() == {"weight", "bias"} and torch.equal(tensors["weight"], learner.weight)
+    assert metadata == {
+        "method": "toy", "class_names": ["class 0", "class 1", "class 2", "class 3"], "backbone": "toy-tower",
+        "pretrained": None, "fingerprint": "f00d", "k": [5, 10], "suffix": ".",
+    }  # fmt: skip
+    with safe_open(run.path / "model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["fastprompt"]) == metadata
+
+
+def test_foreign_model_is_refused(run, toy):
+    run.save_state(make_state())
+    (run.path / "training_state.safetensors").rename(run.path / "model.safetensors")
+    with pytest.raises(InputError, match=r"model\.safetensors must hold a JSON object"):
+        run.load_model()
+
+
+def test_a_learner_without_tensors_can_be_saved(run, toy):
+    learner = toy.learner()
+    del learner.weight, learner.bias
+    run.save_model(learner)
+    assert run.load_model()[0] == {}
+
+
+def test_write_that_fails_keeps_the_old_file_and_no_other(run, monkeypatch):
+    before = {file.name: file.read_bytes() for file in run.path.iterdir()}
+
+    def full_disk(self, content):
+        with self.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_folder.Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        run.log("epoch", epoch=2)
+    assert {file.name: file.read_bytes() for file in run.path.iterdir()} == before
+
+
+def test_environment_is_recorded(run):
+    environment = json.loads((run.path / "environment.json").read_text())
+    assert environment["fastprompt"] == __version__
+    assert environment["torch"] == torch.__version__
+    assert environment["python"] == platform.python_version()
+    assert {"triton", "open_clip", "platform", "processor", "device", "commit", "date", "command"} <= environment.keys()

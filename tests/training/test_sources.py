@@ -1,0 +1,69 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastprompt.backbone.features import ImageFeatures
+from fastprompt.errors import InputError
+from fastprompt.training import CachedSource, ImageSource
+
+
+class TinyTower(torch.nn.Module):
+    """Has a parameter, so that a missing no_grad shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(2.0))
+
+    def encode_images(self, images):
+        patches = self.scale * images.flatten(2).transpose(1, 2)  # (B, S * S, 3)
+        return ImageFeatures(patches.mean(1), patches)
+
+
+def read(paths, *, generator):
+    """A picture of the number in the file's name, with noise."""
+    number = torch.tensor([float(path.stem) for path in paths])
+    noise = torch.rand(len(paths), 3, 2, 2, generator=generator) if generator else torch.zeros(len(paths), 3, 2, 2)
+    return number[:, None, None, None] + noise
+
+
+@pytest.fixture
+def images():
+    return ImageSource([Path(f"{i}.png") for i in range(6)], [0, 1, 2, 0, 1, 2], read=read, backbone=TinyTower())
+
+
+def test_image_source_encodes_the_images_asked_for(images):
+    features = images.batch(torch.tensor([4, 1, 1]))
+    assert features.pooled.tolist() == [[8.0] * 3, [2.0] * 3, [2.0] * 3]
+    assert features.patches.shape == (3, 4, 3)
+    assert images.labels.dtype == torch.int64 and len(images) == 6
+
+
+def test_image_source_randomness_is_the_generators(images):
+    first, again, other = (
+        images.batch(torch.tensor([0, 1]), torch.Generator().manual_seed(seed)).patches for seed in (3, 3, 4)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_features_of_images_can_be_trained_on(images):
+    patches = images.batch(torch.tensor([0, 3])).patches
+    assert not patches.requires_grad
+    weight = torch.nn.Parameter(torch.eye(3))
+    (patches @ weight).sum().backward()  # fails on tensors made in inference mode
+    assert torch.equal(weight.grad, patches.sum((0, 1))[:, None].expand(3, 3))
+
+
+def test_cached_source_keeps_the_order_asked_for(toy):
+    source = toy.source(n=10)
+    features = source.batch(torch.tensor([7, 0, 7]))
+    assert torch.equal(features.pooled, source.features.pooled[[7, 0, 7]])
+    assert len(source) == 10
+
+
+def test_labels_must_match(toy):
+    with pytest.raises(InputError, match="as many as the 10 cached images, not 3"):
+        CachedSource(toy.source(n=10).features, [0, 1, 2])
+    with pytest.raises(InputError, match="as many as the 1 image paths, not 2"):
+        ImageSource([Path("a.png")], [0, 1], read=read, backbone=TinyTower())
