@@ -97,7 +97,7 @@ def test_mode_is_restored_after_an_error():
 
 def test_new_classes_are_scored_among_their_own_names():
     result = base_to_new(
-        AnswerLearner("abc"), Source([0, 1, 2, 0], [0, 1, 2, 1]), Source([0, 1], [1, 1]), ["d", "e"], progress=False
+        AnswerLearner("ab"), Source([0, 1, 1, 0], [0, 1, 1, 1]), Source([0, 2], [2, 2]), ["c", "d", "e"], progress=False
     )
     assert (result.base.top1, result.new.top1) == (0.75, 0.5)
     assert result.harmonic == pytest.approx(0.6)
