@@ -45,7 +45,8 @@ def draw_training_curves(curves: Sequence[TrainingCurve], accuracy_title: str = 
     """
     if not curves:
         raise InputError("curves must hold one curve for each method, got none.")
-    figure = new_figure(8.0, 3.0)
+    figure = new_figure(9.5, 3.4)
+    figure.set_layout_engine("constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     for axes, title in ((loss_axes, "Training loss"), (accuracy_axes, accuracy_title)):
         style_axes(axes)
@@ -58,7 +59,8 @@ def draw_training_curves(curves: Sequence[TrainingCurve], accuracy_title: str = 
         percent = [[100 * value for value in run] for run in curve.accuracy]
         _draw_runs(accuracy_axes, curve.method, "accuracy", percent, color)
     lines = {line.get_label(): line for line in [*loss_axes.lines, *accuracy_axes.lines]}
-    figure.legend(lines.values(), lines, loc="outside upper center", ncols=4, frameon=False, fontsize=8, labelcolor=INK)
+    handles = [lines[curve.method] for curve in curves if curve.method in lines]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=8, labelcolor=INK)
     return figure
 
 
@@ -68,7 +70,7 @@ def _draw_runs(axes: Axes, method: str, measure: str, runs: Runs, color: str) ->
     lengths = sorted({len(run) for run in runs})
     if len(lengths) > 1 or not lengths[0]:
         raise InputError(
-            f"The {measure} of {method} must have as many epochs in every seed, at least 1, got {lengths}."
+            f"The {measure} of {method} must have the same number of epochs (1 or more) in every seed, got {lengths}."
         )
     values = np.asarray(runs, dtype=float)
     mean = values.mean(axis=0)

@@ -13,7 +13,7 @@ from PIL import Image
 from fastprompt.errors import InputError
 from fastprompt.report.style import INK, PALETTE, new_figure
 
-PANEL_INCHES = 1.9
+PANEL_INCHES, GAP_INCHES, TITLE_INCHES = 1.84, 0.06, 0.22
 PANEL_PIXELS = 512  # small pictures are enlarged smoothly, so that only the patches have hard edges
 DIMMED = 0.45  # brightness left to what was not selected
 TINT = 0.15  # share of the prompt's colour in a patch of full weight
@@ -44,15 +44,13 @@ def draw_selected_patches(
     """
     weights = _weights(selected, grid, titles)
     pixels = np.asarray(_central_square(image.convert("RGB")), dtype=np.float32) / 255
-    panels = len(weights) + 1
-    figure = new_figure(PANEL_INCHES * panels, PANEL_INCHES + 0.16)
-    first, *others = figure.subplots(1, panels, squeeze=False)[0]
+    first, *others = _panels(len(weights) + 1)
     _draw_panel(first, pixels, grid, image_title)
     for index, (axes, weight, title) in enumerate(zip(others, weights, titles, strict=True)):
         color = PALETTE[index % len(PALETTE)]
         _draw_panel(axes, _highlighted(pixels, weight, color), grid, title)
         _outline(axes, weight > 0, color)
-    return figure
+    return first.get_figure()
 
 
 def _weights(selected: object, grid: tuple[int, int], titles: Sequence[str]) -> NDArray[np.float32]:
@@ -68,6 +66,24 @@ def _weights(selected: object, grid: tuple[int, int], titles: Sequence[str]) -> 
         raise InputError("selected must be bool or weights of at least 0, got a negative number or NaN.")
     largest = weights.max(axis=1, keepdims=True)
     return (weights / np.where(largest > 0, largest, 1)).reshape(-1, *grid)
+
+
+def _panels(count: int) -> list[Axes]:
+    """Square panels in a row, with room for titles above and for outlines around them."""
+    width = count * (PANEL_INCHES + GAP_INCHES) + GAP_INCHES
+    height = PANEL_INCHES + GAP_INCHES + TITLE_INCHES
+    figure = new_figure(width, height)
+    return [
+        figure.add_axes(
+            (
+                (GAP_INCHES + index * (PANEL_INCHES + GAP_INCHES)) / width,
+                GAP_INCHES / height,
+                PANEL_INCHES / width,
+                PANEL_INCHES / height,
+            )
+        )
+        for index in range(count)
+    ]
 
 
 def _central_square(image: Image.Image) -> Image.Image:

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from matplotlib.figure import Figure
-from PIL import Image
 
 from fastprompt.report.table import Table
 from fastprompt.version import __version__
@@ -31,13 +29,13 @@ class GalleryItem:
     """A picture of the test set with what the model made of it.
 
     Attributes:
-        image: such as `draw_selected_patches` returns, or a picture.
+        figure: the picture, such as `draw_selected_patches` returns.
         class_name: the class that the picture is labelled with.
         predicted: the class that the model chose.
         caption: anything else worth saying; empty for nothing.
     """
 
-    image: Figure | Image.Image
+    figure: Figure
     class_name: str
     predicted: str
     caption: str = ""
@@ -80,7 +78,7 @@ def render_report(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["data_uri"] = _data_uri
+    environment.filters.update(data_uri=_data_uri, css_width=_css_width)
     template = environment.get_template("page.html.j2")
     paragraphs = [text for text in report.summary.split("\n\n") if text.strip()]
     return template.render(report=report, paragraphs=paragraphs, version=__version__)
@@ -106,17 +104,19 @@ def write_report(report: Report, path: Path | str) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
-def _data_uri(picture: Figure | Image.Image) -> Markup:
-    """The picture itself as an address: line drawings as SVG, pictures (and drawings over pictures) as PNG."""
+def _data_uri(figure: Figure) -> str:
+    """The figure itself as an address: line drawings as SVG, what contains pictures as PNG."""
     buffer = io.BytesIO()
-    if isinstance(picture, Image.Image):
-        picture.save(buffer, "PNG", optimize=True)
+    if any(axes.images for axes in figure.axes):
         kind = "image/png"
-    elif any(axes.images for axes in picture.axes):
-        picture.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
-        kind = "image/png"
+        figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
     else:
-        with mpl.rc_context({"svg.hashsalt": "fastprompt"}):  # else every element gets a random name
-            picture.savefig(buffer, format="svg", metadata={"Date": None})
         kind = "image/svg+xml"
-    return Markup(f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}")  # noqa: S704
+        with mpl.rc_context({"svg.hashsalt": "fastprompt"}):  # else every element gets a random name
+            figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _css_width(figure: Figure) -> int:
+    """Width in CSS pixels, of which an inch has 96, so that text in figures has the size of text around them."""
+    return round(96 * figure.get_figwidth())

@@ -13,7 +13,7 @@ INK = "#757b85"
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of so many inches that draws itself with Agg and lets the page shine through."""
-    figure = Figure(figsize=(width, height), facecolor="none", layout="constrained")
+    figure = Figure(figsize=(width, height), facecolor="none")
     FigureCanvasAgg(figure)
     return figure
 
