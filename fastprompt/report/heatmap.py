@@ -44,13 +44,14 @@ def draw_selected_patches(
     """
     weights = _weights(selected, grid, titles)
     pixels = np.asarray(_central_square(image.convert("RGB")), dtype=np.float32) / 255
-    first, *others = _panels(len(weights) + 1)
+    figure = _figure_of_panels(len(weights) + 1)
+    first, *others = figure.axes
     _draw_panel(first, pixels, grid, image_title)
     for index, (axes, weight, title) in enumerate(zip(others, weights, titles, strict=True)):
         color = PALETTE[index % len(PALETTE)]
         _draw_panel(axes, _highlighted(pixels, weight, color), grid, title)
         _outline(axes, weight > 0, color)
-    return first.get_figure()
+    return figure
 
 
 def _weights(selected: object, grid: tuple[int, int], titles: Sequence[str]) -> NDArray[np.float32]:
@@ -68,22 +69,15 @@ def _weights(selected: object, grid: tuple[int, int], titles: Sequence[str]) -> 
     return (weights / np.where(largest > 0, largest, 1)).reshape(-1, *grid)
 
 
-def _panels(count: int) -> list[Axes]:
+def _figure_of_panels(count: int) -> Figure:
     """Square panels in a row, with room for titles above and for outlines around them."""
     width = count * (PANEL_INCHES + GAP_INCHES) + GAP_INCHES
     height = PANEL_INCHES + GAP_INCHES + TITLE_INCHES
     figure = new_figure(width, height)
-    return [
-        figure.add_axes(
-            (
-                (GAP_INCHES + index * (PANEL_INCHES + GAP_INCHES)) / width,
-                GAP_INCHES / height,
-                PANEL_INCHES / width,
-                PANEL_INCHES / height,
-            )
-        )
-        for index in range(count)
-    ]
+    for index in range(count):
+        left = GAP_INCHES + index * (PANEL_INCHES + GAP_INCHES)
+        figure.add_axes((left / width, GAP_INCHES / height, PANEL_INCHES / width, PANEL_INCHES / height))
+    return figure
 
 
 def _central_square(image: Image.Image) -> Image.Image:
