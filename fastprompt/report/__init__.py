@@ -1,0 +1,20 @@
+"""Tables, figures, and one self-contained HTML page a run."""
+
+from fastprompt.report.curves import TrainingCurve, draw_training_curves
+from fastprompt.report.heatmap import draw_selected_patches
+from fastprompt.report.page import CaptionedFigure, GalleryItem, Report, render_report, write_report
+from fastprompt.report.table import Column, Table, TextCell
+
+__all__ = [
+    "CaptionedFigure",
+    "Column",
+    "GalleryItem",
+    "Report",
+    "Table",
+    "TextCell",
+    "TrainingCurve",
+    "draw_selected_patches",
+    "draw_training_curves",
+    "render_report",
+    "write_report",
+]

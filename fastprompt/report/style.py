@@ -1,0 +1,28 @@
+"""What all figures share: colours, text size, and drawing without pyplot's global state."""
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers, in an order that also does so in print.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+# Figures have no background of their own; this grey can be read on white and on a dark page.
+INK = "#757b85"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches that draws itself with Agg and lets the page shine through."""
+    figure = Figure(figsize=(width, height), facecolor="none")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def style_axes(axes: Axes) -> None:
+    """Thin grey lines at the left and below, a faint horizontal grid, nothing else."""
+    axes.set_facecolor("none")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set(color=INK, linewidth=0.6)
+    axes.tick_params(colors=INK, width=0.6, length=3, labelsize=8)
+    axes.grid(axis="y", color=INK, alpha=0.25, linewidth=0.5)
+    axes.set_axisbelow(True)
