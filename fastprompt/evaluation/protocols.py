@@ -201,7 +201,7 @@ def ood_detection(
     def scores(source: "FeatureSource", title: str) -> Tensor:
         with _inference(learner):
             batches = _batches(learner, source, batch_size, title if progress else None)
-            return torch.cat([learner.ood_score(features, kind=kind).float().cpu() for features in batches])
+            return torch.cat([learner.ood_score(features, kind=kind).cpu() for features in batches])
 
     in_scores, out_scores = scores(in_source, "in-distribution"), scores(out_source, "out-of-distribution")
     return OodDetection(metrics.auroc(in_scores, out_scores), metrics.fpr_at_recall(in_scores, out_scores), kind)
