@@ -25,12 +25,22 @@ def default_workers() -> int:
     return min(os.cpu_count() or 1, 8)
 
 
-def find_images(folder: Path) -> tuple[Path, ...]:
-    """List the image files directly in a folder, sorted by name; hidden files are ignored."""
+def find_images(folder: Path, *, recursive: bool = False) -> tuple[Path, ...]:
+    """List the image files in a folder, sorted by name; hidden files are ignored.
+
+    Args:
+        folder: Where to look.
+        recursive: Whether to look in its subfolders too.
+
+    Raises:
+        InputError: If the folder does not exist.
+    """
+    if not folder.is_dir():
+        raise InputError(f"image folder {folder}: no such folder")
     return tuple(
         sorted(
             path
-            for path in folder.iterdir()
+            for path in (folder.rglob("*") if recursive else folder.iterdir())
             if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
         )
     )

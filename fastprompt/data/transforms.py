@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as tv
 from fastprompt.errors import InputError
 
 _INTERPOLATIONS = ("bicubic", "bilinear")
+_RESIZE_MODES = ("shortest", "squash")
 _CROP_AREA = (0.08, 1.0)  # share of the picture, uniform
 _CROP_RATIO = (3 / 4, 4 / 3)  # width over height, log-uniform
 _CROP_ATTEMPTS = 10
@@ -22,7 +23,8 @@ _CROP_ATTEMPTS = 10
 class ImageTransform:
     """What happens to a picture before the image tower; callable.
 
-    Without augmentation, CLIP's evaluation transform: shorter side to ``size`` (antialiased), centre crop, normalise.
+    Without augmentation, CLIP's evaluation transform: shorter side to ``size`` (antialiased), centre crop, normalise;
+    or, as SigLIP was trained, both sides to ``size``.
     With augmentation, the training transform of CoOp and GalLoP: a random crop of 8 % to 100 % of the area resized to
     ``size``, a horizontal flip with probability one half, normalise.
 
@@ -31,6 +33,7 @@ class ImageTransform:
         mean: Per channel, of pixels in 0 .. 1.
         std: Per channel.
         interpolation: "bicubic" or "bilinear".
+        resize_mode: "shortest" (crop the rest) or "squash" (both sides); without meaning for random crops.
         augment: Whether the crop and the flip are random.
 
     Raises:
@@ -41,6 +44,7 @@ class ImageTransform:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
     augment: bool = False
 
     def __post_init__(self) -> None:
@@ -52,6 +56,8 @@ class ImageTransform:
             )
         if self.interpolation not in _INTERPOLATIONS:
             raise InputError(f"interpolation: expected one of {_INTERPOLATIONS}, got {self.interpolation!r}")
+        if self.resize_mode not in _RESIZE_MODES:
+            raise InputError(f"resize_mode: expected one of {_RESIZE_MODES}, got {self.resize_mode!r}")
 
     @property
     def deterministic(self) -> bool:
@@ -61,7 +67,7 @@ class ImageTransform:
     @property
     def description(self) -> str:
         """One line that is equal for equal transforms only; part of cache keys."""
-        kind = "random-resized-crop+flip" if self.augment else "resize-shorter-side+centre-crop"
+        kind = "random-resized-crop+flip" if self.augment else f"resize-{self.resize_mode}+centre-crop"
         return f"{kind} size={self.size} interpolation={self.interpolation} mean={self.mean} std={self.std}"
 
     def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> Tensor:
@@ -86,7 +92,8 @@ class ImageTransform:
             if torch.rand(1, generator=generator).item() < 0.5:
                 image = tv.horizontal_flip(image)
         else:
-            image = tv.center_crop(tv.resize(image, [self.size], interpolation, antialias=True), [self.size, self.size])
+            size = [self.size] if self.resize_mode == "shortest" else [self.size, self.size]
+            image = tv.center_crop(tv.resize(image, size, interpolation, antialias=True), [self.size, self.size])
         # Divided, as open_clip does: tv.to_dtype multiplies by 1/255, which differs in the last bit.
         pixels = tv.pil_to_tensor(image).float().div(255)
         return tv.normalize(pixels, list(self.mean), list(self.std))

@@ -1,0 +1,199 @@
+"""What an experiment is asked for. The command line is made from these classes, so their comments are its help."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from tyro.conf import Positional
+
+if TYPE_CHECKING:
+    from fastprompt.training import TrainingSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Which frozen model, and where it runs."""
+
+    backbone: str = "ViT-B-16-quickgelu"
+    """open_clip architecture, "hf-hub:org/model", "local-dir:folder", or "demo" for the small built-in model."""
+    pretrained: str | None = None
+    """open_clip tag (such as openai; downloaded once) or a file of weights. Not used with the last three."""
+    device: str | None = None
+    """Where it runs, such as cpu or cuda:0. Default: cuda if there is one."""
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    """Precision of the frozen weights; learned tensors are always float32."""
+    weights_dir: Path | None = None
+    """Where downloaded weights are kept. Default: open_clip's own folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureConfig:
+    """How images become features."""
+
+    cache: bool = True
+    """Keep features on disk, so that every image is encoded once."""
+    cache_dir: Path | None = None
+    """Folder of the feature cache. Default: $FASTPROMPT_CACHE or ~/.cache/fastprompt."""
+    image_batch: int = 32
+    """Images that the image tower encodes at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images."""
+
+    data: Positional[Path]
+    """Folder of class folders (directly, or in train/ and test/), or dataset folder with a CoOp split file."""
+    split_file: Path | None = None
+    """CoOp split file. Default: the one in the data folder, if there is one."""
+    keep_underscores: bool = False
+    """Read class names as written, as GalLoP's code does, instead of turning underscores into spaces."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(DataConfig, BackboneConfig, FeatureConfig):
+    """Train on a few labelled images, test, and write a run folder."""
+
+    method: ClassVar[str]
+    own_options: ClassVar[tuple[str, ...]]
+
+    shots: int = 16
+    """Training images per class; 0 for all of them."""
+    sampler: Literal["exact", "stratified"] = "exact"
+    """exact: that many of every class (CoOp). stratified: in proportion to class sizes (GalLoP's code)."""
+    classes: Literal["all", "base"] = "all"
+    """base: learn on the first half of the classes and test on both halves (base-to-new)."""
+    seed: int = 1
+    """Which images are drawn, in which order they come, and all other random choices."""
+    augment: bool = False
+    """Random crops and flips, as published; every image is then encoded anew in every epoch, without the cache."""
+    epochs: int | None = None
+    """Passes over the training images. Default: as published for the method and the number of shots."""
+    batch_size: int | None = None
+    """Images per step. Default: as published."""
+    lr: float | None = None
+    """Learning rate of SGD. Default: as published."""
+    weight_decay: float | None = None
+    """Weight decay of SGD. Default: as published."""
+    zero_shot_template: str = "a photo of a {}."
+    """Sentence of the zero-shot row that the result is compared with."""
+    out: Path | None = None
+    """Run folder. Default: runs/DATASET/METHOD/BACKBONE/shots16-seed1. An unfinished run there is resumed."""
+
+    def learner_options(self) -> dict[str, Any]:
+        """Arguments of the method's learner."""
+        return {name: getattr(self, name) for name in self.own_options}
+
+    def settings(self) -> TrainingSettings | None:
+        """Training settings: the published ones with what was given instead; None where nothing is trained."""
+        from fastprompt.training import published_settings  # brings torch
+
+        given = {name: getattr(self, name) for name in ("epochs", "batch_size", "lr", "weight_decay")}
+        settings = replace(published_settings(self.method, self.shots or None), seed=self.seed)
+        given = {name: value for name, value in given.items() if value is not None}
+        if given.get("epochs") == 1:
+            given["warmup_epochs"] = 0  # a single epoch of warm-up would train nothing
+        return replace(settings, **given)
+
+    def resolved(self) -> dict[str, Any]:
+        """What decides the result: everything but where it runs, how images are read, and where files go."""
+        elsewhere = {*(field.name for field in fields(FeatureConfig)), "device", "weights_dir", "out"}
+        settings = self.settings()
+        chosen = {name: value for name, value in asdict(self).items() if name not in elsewhere}
+        return {"method": self.method, **chosen, **({} if settings is None else asdict(settings))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainGalLoP(TrainConfig):
+    """GalLoP: global prompts for the image, local prompts for its best patches at several scales (2407.01400)."""
+
+    method: ClassVar[str] = "gallop"
+    own_options: ClassVar[tuple[str, ...]] = ("global_prompts", "k", "dropout", "context")
+
+    global_prompts: int = 4
+    """Prompts that are compared with the whole image."""
+    k: tuple[int, ...] = (5, 10, 15, 20)
+    """Patches that each local prompt keeps: as many local prompts as numbers."""
+    dropout: float = 0.75
+    """Share of the global prompts left out per image while training."""
+    context: str | int = "a photo of a"
+    """Words that the contexts start from, or a number of random tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCoOp(TrainConfig):
+    """CoOp: one learned context for all classes (2109.01134)."""
+
+    method: ClassVar[str] = "coop"
+    own_options: ClassVar[tuple[str, ...]] = ("context",)
+
+    context: str | int = "a photo of a"
+    """Words that the context starts from, or a number of random tokens (16 in the paper's few-shot runs)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainZeroShot(TrainConfig):
+    """Zero-shot CLIP: nothing is learned; tests the template and writes a run folder like the others (2103.00020)."""
+
+    method: ClassVar[str] = "zero-shot"
+    own_options: ClassVar[tuple[str, ...]] = ("template",)
+
+    template: str = "a photo of a {}."
+    """Sentence with one {} for the class name."""
+
+    def settings(self) -> None:
+        """Nothing is trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Test a finished run: on its own data, on other classes, on another data set, or against unknown objects."""
+
+    run: Positional[Path]
+    """Run folder that train wrote."""
+    data: Positional[Path | None] = None
+    """Data folder to test on. Default: the one that the run was trained on."""
+    split: Literal["train", "val", "test", "all"] = "test"
+    """Which images of it."""
+    classes: Literal["all", "base", "new"] = "all"
+    """Which classes of it: all, the first half, or the second half."""
+    ood: Path | None = None
+    """Folder of images of no class, at any depth; adds how well they are told apart (FPR95, AUROC)."""
+    ood_kind: Literal["mcm", "l-mcm", "gl-mcm"] = "gl-mcm"
+    """Out-of-distribution score: of the image, of its patches, or both."""
+    device: str | None = None
+    """Where it runs. Default: cuda if there is one."""
+    cache_dir: Path | None = None
+    """Folder of the feature cache. Default: $FASTPROMPT_CACHE or ~/.cache/fastprompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Name what is on images."""
+
+    run: Positional[Path]
+    """Run folder that train wrote."""
+    images: Positional[tuple[Path, ...]]
+    """Image files, or folders of images."""
+    top: int = 3
+    """How many classes to show."""
+    device: str | None = None
+    """Where it runs. Default: cuda if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainConfig:
+    """Draw the patches that each local prompt of a GalLoP run selected for a class, over the image."""
+
+    run: Positional[Path]
+    """Run folder of a GalLoP training."""
+    image: Positional[Path]
+    """Image file."""
+    class_name: str | None = None
+    """Class to explain. Default: the predicted one."""
+    out: Path | None = None
+    """PNG file to write. Default: explained/IMAGE-CLASS.png in the run folder."""
+    device: str | None = None
+    """Where it runs. Default: cuda if there is one."""

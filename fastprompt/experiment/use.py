@@ -1,0 +1,123 @@
+"""What a finished run is good for: testing, predicting, explaining."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastprompt.backbone import ImageFeatures, load_backbone
+from fastprompt.data import find_images, load_dataset, load_image, select_classes
+from fastprompt.errors import InputError
+from fastprompt.evaluation import Row, evaluate_accuracy, ood_detection
+from fastprompt.experiment.config import EvaluateConfig, ExplainConfig, FeatureConfig, PredictConfig
+from fastprompt.experiment.sources import feature_source, image_transform, split_of, unlabelled
+from fastprompt.experiment.train import COLUMNS, PERCENT
+from fastprompt.learners import GalLoP, Learner, ZeroShot, make_learner
+from fastprompt.report import Column, Table, draw_selected_patches
+from fastprompt.training import RunFolder
+
+OOD_COLUMNS = (
+    Column("FPR95", higher_is_better=False, **PERCENT),
+    Column("AUROC", higher_is_better=True, **PERCENT),
+)
+
+
+def load_run(path: str | Path, device: str | None = None) -> Learner:
+    """The trained learner of a run folder.
+
+    Raises:
+        InputError: not a finished run, or its backbone has other weights now.
+    """
+    run = RunFolder.open(path)
+    tensors, metadata = run.load_model()
+    backbone = load_backbone(
+        metadata["backbone"], metadata["pretrained"], device=device, precision=run.config["precision"]
+    )
+    if backbone.fingerprint != metadata["fingerprint"]:
+        raise InputError(
+            f"{run.path} was trained on weights of {backbone.name!r} with fingerprint {metadata['fingerprint']}, "
+            f"but those found now have {backbone.fingerprint}"
+        )
+    learner = make_learner(metadata["method"], backbone, metadata["class_names"], **metadata["options"])
+    learner.load_state_dict(tensors)
+    return learner.eval()
+
+
+def evaluate_run(config: EvaluateConfig, *, progress: bool = True) -> Table:
+    """Test a run, with zero-shot CLIP beside it."""
+    run = RunFolder.open(config.run)
+    keep = run.config["keep_underscores"]
+    split_file = run.config["split_file"] if config.data is None else None
+    dataset = load_dataset(config.data or run.config["data"], split_file=split_file, keep_underscores=keep)
+    images = select_classes(split_of(dataset, config.split), config.classes)
+    unknown = None if config.ood is None else unlabelled(find_images(config.ood, recursive=True))
+    learner = load_run(config.run, config.device).with_class_names(images.class_names)
+    zero_shot = ZeroShot(learner.backbone, images.class_names, template=run.config["zero_shot_template"])
+
+    features = FeatureConfig(cache_dir=config.cache_dir)
+    source = feature_source(images, learner.backbone, features, progress=progress)
+    outside = None if unknown is None else feature_source(unknown, learner.backbone, features, progress=progress)
+    measures = ("accuracy", "mean_per_class", "calibration_error")
+    rows = []
+    for row in {zero_shot.method: zero_shot, learner.method: learner}.values():
+        result = evaluate_accuracy(row, source, progress=progress)
+        cells = [result.top1, result.mean_per_class, result.calibration_error]
+        if outside is not None:
+            detection = ood_detection(row, source, outside, config.ood_kind, progress=progress)
+            cells += [detection.fpr95, detection.auroc]
+        rows.append(Row(row.method, tuple(cells)))
+    columns = tuple(COLUMNS[name] for name in measures) + (OOD_COLUMNS if outside is not None else ())
+    title = f"{dataset.name}: {len(images)} images ({config.split}), {len(images.class_names)} classes"
+    return Table(title, columns, tuple(rows), "Method")
+
+
+def predict_images(config: PredictConfig) -> list[tuple[Path, list[tuple[str, float]]]]:
+    """The most probable classes of every image, with their probabilities, best first."""
+    if config.top < 1:
+        raise InputError(f"top: expected at least 1, got {config.top}")
+    paths = [path for given in config.images for path in (find_images(given) if given.is_dir() else (given,))]
+    learner = load_run(config.run, config.device)
+    results = []
+    for path in paths:
+        probabilities = learner.predict(_features(learner, path))[0]
+        best = probabilities.topk(min(config.top, len(learner.class_names)))
+        classes = [learner.class_names[index] for index in best.indices.tolist()]
+        results.append((path, list(zip(classes, best.values.tolist(), strict=True))))
+    return results
+
+
+def explain_image(config: ExplainConfig) -> tuple[Path, str]:
+    """Draw which patches were selected for a class; returns the PNG file and the class."""
+    learner = load_run(config.run, config.device)
+    if not isinstance(learner, GalLoP):
+        raise InputError(f"explain needs a run of gallop, and {config.run} is one of {learner.method}")
+    features = _features(learner, config.image)
+    index = _class_index(learner, config.class_name, features)
+    name = learner.class_names[index]
+    selected = learner.selected_patches(features, torch.tensor([index]))[0].cpu()
+    figure = draw_selected_patches(
+        load_image(config.image), selected, learner.backbone.patch_grid, [f"k = {k}" for k in learner.k], name
+    )
+    out = config.out or config.run / "explained" / f"{config.image.stem}-{name.replace(' ', '_')}.png"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=160)
+    return out, name
+
+
+def _class_index(learner: Learner, class_name: str | None, features: ImageFeatures) -> int:
+    if class_name is None:
+        return int(learner.predict(features)[0].argmax())
+    if class_name not in learner.class_names:
+        raise InputError(
+            f"class_name: {class_name!r} is not one of the {len(learner.class_names)} classes of this run "
+            f"({', '.join(learner.class_names[:5])}, ...)"
+        )
+    return learner.class_names.index(class_name)
+
+
+@torch.no_grad()
+def _features(learner: Learner, path: Path) -> ImageFeatures:
+    pixels: Tensor = image_transform(learner.backbone)(load_image(path))
+    return learner.backbone.encode_images(pixels[None])
