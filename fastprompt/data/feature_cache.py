@@ -151,7 +151,7 @@ class FeatureCache:
                 continue
             tensors, digests = _read_shard(path)
             for row, digest in enumerate(digests):
-                self._places.setdefault(digest, (len(self._shards), row))
+                self._places[digest] = (len(self._shards), row)
             self._shards.append(tensors)
             self._read.add(path.name)
 

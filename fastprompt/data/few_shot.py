@@ -22,10 +22,9 @@ def few_shot(
     ``"exact"`` takes exactly K images of every class, and all of a class that has fewer (the CoOp family). The images
     of K shots are among those of K+1 shots of the same seed, so curves over the shots are nested.
 
-    ``"stratified"`` takes K * C images in the proportions of the classes, as GalLoP's code does: frequent classes get
-    more than K, rare ones fewer, perhaps none; all images if there are no more than K * C. The class sizes are those of
-    largest-remainder rounding with ties broken at random. It reproduces the proportions, not the very images that
-    scikit-learn's ``StratifiedShuffleSplit`` draws for a seed.
+    ``"stratified"`` takes K * C images (all if there are no more) in the proportions of the classes, as GalLoP's code
+    does: frequent classes get more than K, rare ones fewer, perhaps none. Shares are rounded by largest remainder, ties
+    at random. It reproduces the proportions, not the very images that scikit-learn's ``StratifiedShuffleSplit`` draws.
 
     Args:
         images: Usually the training split.
@@ -39,12 +38,7 @@ def few_shot(
     Raises:
         InputError: If ``shots`` or ``seed`` is negative, or the sampler is unknown.
     """
-    if shots is not None and shots < 0:
-        raise InputError(f"shots: expected at least 1, or 0 for all images, got {shots}")
-    if seed < 0:
-        raise InputError(f"seed: expected at least 0, got {seed}")
-    if sampler not in ("exact", "stratified"):
-        raise InputError(f"sampler: expected 'exact' or 'stratified', got {sampler!r}")
+    _check_draw(shots, seed, sampler)
     if not shots:
         return images
     labels = np.asarray(images.labels)
@@ -53,7 +47,7 @@ def few_shot(
         wanted = np.minimum(available, shots)
     else:
         wanted = _proportional(available, shots * len(available), np.random.default_rng(seed))
-    if (wanted < available).any() and not wanted.all():
+    if not wanted.all():
         _log.warning("%d of %d classes have no image among the few shots", (wanted == 0).sum(), len(wanted))
     chosen: list[int] = []
     for label, count in enumerate(wanted):
@@ -85,6 +79,15 @@ def select_classes(images: LabelledImages, which: Literal["all", "base", "new"])
         labels=tuple(images.labels[i] - kept.start for i in chosen),
         class_names=images.class_names[kept.start : kept.stop],
     )
+
+
+def _check_draw(shots: int | None, seed: int, sampler: str) -> None:
+    if shots is not None and shots < 0:
+        raise InputError(f"shots: expected at least 1, or 0 for all images, got {shots}")
+    if seed < 0:
+        raise InputError(f"seed: expected at least 0, got {seed}")
+    if sampler not in ("exact", "stratified"):
+        raise InputError(f"sampler: expected 'exact' or 'stratified', got {sampler!r}")
 
 
 def _proportional(available: np.ndarray, total: int, rng: np.random.Generator) -> np.ndarray:

@@ -86,6 +86,7 @@ def test_one_cache_object_serves_several_splits(tmp_path, paths):
     train = cache.load(paths[:12], encoder, TRANSFORM, progress=False)
     test = cache.load(paths[8:], encoder, TRANSFORM, progress=False)
     assert encoder.images == 23
+    assert len(test.shards) == 2  # nothing is opened twice
     torch.testing.assert_close(train.rows(torch.arange(12)), direct(paths[:12]), rtol=0, atol=0)
     torch.testing.assert_close(test.rows(torch.arange(15)), direct(paths[8:]), rtol=0, atol=0)
 
