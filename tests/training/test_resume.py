@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastprompt.errors import InputError
-from fastprompt.training import Interrupted
+from fastprompt.training import Interrupted, fit
 from fastprompt.training.interrupt import InterruptFlag
 
 STEPS = 5  # of an epoch: 44 images in batches of 8
@@ -82,6 +82,14 @@ def test_ctrl_c_between_epochs(toy, tmp_path):
         toy.fit(toy.learner(), toy.source(), toy.settings(), run=run, on_epoch=lambda metrics: press_ctrl_c())
     assert (stop.value.epoch, stop.value.step) == (1, STEPS)
     assert (run.load_state().epoch, run.load_state().step) == (1, 0)
+
+
+def test_progress_bar_goes_on_where_it_was(toy, tmp_path, capsys):
+    with pytest.raises(Interrupted):
+        toy.fit(toy.learner(), toy.source(at_call={7: press_ctrl_c}), toy.settings(), run=toy.run(tmp_path / "run"))
+    fit(toy.learner(), toy.source(), toy.settings(), run=toy.run(tmp_path / "run"), progress=True)
+    bar = capsys.readouterr().err
+    assert "7/20" in bar and "20/20" in bar
 
 
 def test_ctrl_c_without_a_run_folder_says_so(toy):
