@@ -43,10 +43,15 @@ class TrainedRun:
     table: Table
 
 
-def train_run(config: TrainConfig, *, progress: bool = True) -> TrainedRun:
+def train_run(config: TrainConfig, *, backbone: Backbone | None = None, progress: bool = True) -> TrainedRun:
     """Train and test one learner as configured; what can be wrong with the input is checked before the long work.
 
     An unfinished run in the same folder is resumed; of a finished one the results are read.
+
+    Args:
+        config: what to train.
+        backbone: the one that ``config`` names, if it is loaded already.
+        progress: whether to show bars.
 
     Raises:
         InputError: bad input, in one sentence.
@@ -57,7 +62,7 @@ def train_run(config: TrainConfig, *, progress: bool = True) -> TrainedRun:
     train = few_shot(select_classes(dataset.train, config.classes), config.shots or None, config.seed, config.sampler)
     run = RunFolder.create_or_resume(config.out or default_run_folder(config, dataset), config.resolved())
     if not run.complete or not run.metrics(EVALUATION):
-        backbone = load_backbone(
+        backbone = backbone or load_backbone(
             config.backbone,
             config.pretrained,
             device=config.device,
