@@ -1,7 +1,6 @@
 """The instrument itself: what it refuses, what it writes, and whether it weighs right."""
 
 import csv
-import time
 
 import pytest
 import torch
@@ -10,37 +9,11 @@ from benchmarks.__main__ import main
 from benchmarks.measure import Benchmark, Case, Measurement, WrongResultError, check, measure, peak_memory
 from benchmarks.results import append, table
 from fastprompt.errors import InputError
+from tests.benchmarks.workloads import MEGABYTES, build_large, build_waiting
 
 CPU = torch.device("cpu")
 SHAPE = {"B": 2, "C": 3}
-MEGABYTES = 200
-
-
-def waiting(seconds, result):
-    def run():
-        time.sleep(seconds)
-        return (result,)
-
-    return run
-
-
-def build(shape, device):
-    """One that takes 20 ms, one that takes 80 ms."""
-    ones = torch.ones(shape["B"], shape["C"], device=device)
-    return Case({"quick": waiting(0.02, ones), "slow": waiting(0.08, ones)}, baseline="slow", tolerance=1e-6)
-
-
-def build_large(shape, device):
-    """One that holds 200 MB for a moment, beside an input of 100 MB that does not count."""
-    held = torch.ones(25_000_000)
-
-    def run():
-        return (torch.ones(MEGABYTES * 250_000).sum() + held[0],)
-
-    return Case({"large": run}, baseline="large", tolerance=1e-6)
-
-
-BENCHMARK = Benchmark("waiting", "Waiting", "float32", build, (SHAPE,), (SHAPE,), ("B",))
+BENCHMARK = Benchmark("waiting", "Waiting", "float32", build_waiting, (SHAPE,), (SHAPE,), ("B",))
 
 
 @pytest.mark.parametrize(
