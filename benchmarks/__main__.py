@@ -48,7 +48,7 @@ class Measure:
 class TextEncoder(Measure):
     """Text features of all classes with gradients to the contexts: encode_prompts beside padded passes.
 
-    The 77-token pass of 4 x 200 prompts needs about 20 GB; --quick stops at 4 x 100.
+    The 77-token pass of 4 x 100 prompts needs about 16 GB of memory.
     """
 
 

@@ -159,6 +159,7 @@ def peak_memory(
     """Peak MB beyond the inputs of one implementation, measured in a fresh process; None where it cannot be told."""
     if device.type != "cuda" and platform.libc_ver()[0] != "glibc":
         return None
+    _release_free_memory()  # the other process may need it
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peak_memory_here, build, shape, device, implementation).result() / 1e6
 
@@ -174,11 +175,17 @@ def _peak_memory_here(
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    ctypes.CDLL(None).malloc_trim(0)  # memory that is free already must not hide what is taken again
+    _release_free_memory()  # or it would hide what is taken again
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from what is resident now
     before = _resident("VmRSS")
     run()
     return _resident("VmHWM") - before
+
+
+def _release_free_memory() -> None:
+    """Give memory that this process keeps but does not use back to the system, where its C library can."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident(field: str) -> int:
