@@ -63,6 +63,7 @@ def _figure(benchmark: Benchmark, device: str, rows: Rows) -> Figure:
 def _style(axes: Axes, title: str) -> None:
     style_axes(axes)
     axes.set(xscale="log", yscale="log")
+    axes.tick_params(which="minor", colors=INK, labelsize=7)
     axes.set_title(title, loc="left", fontsize=8, color=INK)
     axes.set_xlabel("Classes", fontsize=8, color=INK)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from types import SimpleNamespace
 
@@ -27,6 +28,7 @@ TOKENS_AT_ONCE = 40_000
 
 def build(shape: Shape, device: torch.device) -> Case:
     """Ours beside the padded passes, with the text tower of ViT-B/16 and random weights."""
+    logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of random weights, which are meant here
     torch.manual_seed(0)
     backbone = load_backbone("ViT-B-16-quickgelu", "random", device=device)
     names, model = NAMES[shape["names"]], backbone.model
