@@ -52,6 +52,30 @@ def _largest(x, LOG_K: tl.constexpr, LOG_LENGTH: tl.constexpr):
 
 
 @triton.jit
+def _pack(flags):
+    """Flags of 0 and 1, one bit each: flag p % 32 + 32 w of a row becomes bit p % 32 of word w."""
+    ROWS: tl.constexpr = flags.shape[0]
+    WORDS: tl.constexpr = flags.shape[1] // 32
+    bit = tl.arange(0, 32)[None, None, :]
+    return tl.sum(flags.reshape(ROWS, WORDS, 32) << bit, 2)
+
+
+@triton.jit
+def _first(words, count):
+    """The first count[row] of the bits that are set in the words of every row."""
+    ones = tl.zeros_like(words)
+    for bit in range(32):
+        ones += (words >> bit) & 1
+    room = count[:, None] - (tl.cumsum(ones, 1) - ones)
+    kept = tl.zeros_like(words)
+    for bit in range(32):
+        one = (words >> bit) & 1
+        kept |= tl.where(room > 0, one, 0) << bit
+        room -= one
+    return kept
+
+
+@triton.jit
 def _forward_kernel(
     patches, prompts, values, selected, k,
     C, P, D,
@@ -79,20 +103,19 @@ def _forward_kernel(
     top = _largest(scores, LOG_K, LOG_BLOCK_P)
     rank = tl.arange(0, 1 << LOG_K)[None, :]
     mean = tl.zeros((BLOCK_C,), tl.float32)
-    WORDS: tl.constexpr = BLOCK_P // 32
-    word = tl.arange(0, WORDS)
+    word = tl.arange(0, BLOCK_P // 32)[None, :]
     for s in tl.static_range(SCALES):
         mean += tl.sum(tl.where(rank < k[s], top, 0.0), 1) / k[s]
         last = tl.sum(tl.where(rank == k[s] - 1, top, 0.0), 1)
         chosen = ((scores >= last[:, None]) & (p < P)[None, :]).to(tl.int32)
+        bits = _pack(chosen)
         if tl.max(tl.sum(chosen, 1), 0) > k[s]:
-            # Some row has more patches equal to its last one than it may take: the first of them by index.
+            # Some row has more patches equal to its last one than it may take: it takes the first of them.
+            tied = _pack((scores == last[:, None]).to(tl.int32)) & bits
             room = k[s] - tl.sum((top > last[:, None]).to(tl.int32), 1)
-            tied = (scores == last[:, None]).to(tl.int32)
-            chosen = tl.where((tied == 1) & (tl.cumsum(tied, 1) > room[:, None]), 0, chosen)
-        bits = tl.sum((chosen << (p % 32)[None, :]).reshape(BLOCK_C, WORDS, 32), 2)
+            bits = (bits ^ tied) | _first(tied, room)
         row = selected + b * stride_selected_b + (s * C + c)[:, None] * tl.cdiv(P, 32)
-        tl.store(row + word[None, :], bits, mask=(c < C)[:, None] & (word < tl.cdiv(P, 32))[None, :])
+        tl.store(row + word, bits, mask=(c < C)[:, None] & (word < tl.cdiv(P, 32)))
     tl.store(values + b * stride_values_b + c, mean / SCALES, mask=c < C)
 
 
@@ -196,7 +219,7 @@ def forward(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]]) -> tup
     selected = torch.empty(B, N * S, C, triton.cdiv(P, 32), dtype=torch.int32, device=patches.device)
     if values.numel() == 0:
         return values, selected
-    blocks = forward_blocks(P, patches.dtype)
+    blocks = forward_blocks(P)
     # One launch a prompt: K, the length of the sorted run, is a constant of the kernel and the main part of its cost.
     for n, scales in enumerate(k):
         _forward_kernel[(B * triton.cdiv(C, blocks["BLOCK_C"]),)](
@@ -214,7 +237,7 @@ def grad_patches(grad: Tensor, prompts: Tensor, selected: Tensor, k: Sequence[Se
     result = torch.empty(B, P, D, dtype=prompts.dtype, device=prompts.device)
     if result.numel() == 0:
         return result
-    blocks = backward_blocks(prompts.dtype)
+    blocks = backward_blocks()
     level_grad = _level_grad(grad, k)
     _grad_patches_kernel[(B * triton.cdiv(P, blocks["BLOCK_P"]), triton.cdiv(D, blocks["BLOCK_D"]))](
         level_grad, selected, prompts, result, N, C, P, D, *prompts.stride(),
@@ -229,7 +252,7 @@ def grad_prompts(grad: Tensor, patches: Tensor, selected: Tensor, k: Sequence[Se
     result = torch.empty(N, C, D, dtype=patches.dtype, device=patches.device)
     if result.numel() == 0:
         return result
-    blocks = backward_blocks(patches.dtype)
+    blocks = backward_blocks()
     level_grad = _level_grad(grad, k)
     _grad_prompts_kernel[(N * triton.cdiv(C, blocks["BLOCK_C"]), triton.cdiv(D, blocks["BLOCK_D"]))](
         level_grad, selected, patches, result, B, N, C, P, D, *patches.stride(),
@@ -238,18 +261,18 @@ def grad_prompts(grad: Tensor, patches: Tensor, selected: Tensor, k: Sequence[Se
     return result
 
 
-def forward_blocks(P: int, dtype: torch.dtype) -> dict[str, int]:
+def forward_blocks(P: int) -> dict[str, int]:
     """Tile sizes and warps of the forward kernel.
 
-    All patches of an image are in the tile, and 16384 scores are 128 registers in each of the 128 threads of 4 warps.
-    With 4 warps a row of the tile lies on 4 lanes, with 8 on twice as many, and the selection exchanges more.
+    All patches of an image are in the tile. 16384 scores are 64 registers in each thread of 8 warps, and the network
+    needs as many again: with 128 (4 warps) it spills on sm_80 and sm_100.
     """
     log_block_p = max(5, (P - 1).bit_length())
-    block_c = min(64, max(16, 16384 >> log_block_p))
-    return {"BLOCK_C": block_c, "LOG_BLOCK_P": log_block_p, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
+    block_c = min(64, 16384 >> log_block_p)
+    return {"BLOCK_C": block_c, "LOG_BLOCK_P": log_block_p, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
 
 
-def backward_blocks(dtype: torch.dtype) -> dict[str, int]:
+def backward_blocks() -> dict[str, int]:
     """Tile sizes and warps of both backward kernels."""
     return {"BLOCK_C": 64, "BLOCK_P": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}
 
