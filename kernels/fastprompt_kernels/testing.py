@@ -55,11 +55,8 @@ def draw_inputs(
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*size: int) -> Tensor:
-        if ties:
-            tensor = torch.randint(-2, 3, size, generator=generator) / 2
-        else:
-            tensor = torch.randn(size, generator=generator)
-        tensor = tensor.to(device, dtype)
+        halves = torch.randint(-2, 3, size, generator=generator) / 2
+        tensor = (halves if ties else torch.randn(size, generator=generator)).to(device, dtype)
         return tensor if contiguous else tensor.transpose(0, 2).contiguous().transpose(0, 2)
 
     patches, prompts = draw(B, P, D), draw(N, C, D)

@@ -119,22 +119,167 @@ def test_gradcheck(impl, k):
 def test_float64_stays_float64_or_is_refused(impl):
     inputs = draw_inputs((1, 4, 1, 2, 8), [[2]], torch.float64, device=DEVICE)
     if impl == "triton":
-        with pytest.raises(ValueError, match="not torch.float64"):
+        with pytest.raises(ValueError, match=r"not torch\.float64"):
             run(inputs, impl)
     else:
         assert {tensor.dtype for tensor in run(inputs, impl)} == {torch.float64}
 
 
 @each_implementation
-def test_lowest_patch_wins_ties(impl):
-    # Similarities of the patches to the only class: 1, 2, 1, 2, 1, 2. The three largest are all the 2s; of five, the
-    # last two are the first two 1s; of two, the first two 2s.
+@pytest.mark.parametrize(
+    ("k", "share"),
+    [
+        (2, [0, 1, 0, 1, 0, 0]),
+        (3, [0, 1, 0, 1, 0, 1]),
+        (5, [1, 1, 1, 1, 0, 1]),
+        (9, [1, 1, 1, 1, 1, 1]),
+        ([[1, 4]], [0.25, 1.25, 0, 0.25, 0, 0.25]),
+    ],
+)
+def test_among_equal_patches_the_first_receive_the_gradient(impl, k, share):
     patches = torch.tensor([1.0, 2, 1, 2, 1, 2], device=DEVICE)[None, :, None].repeat(1, 1, 8).requires_grad_()
-    prompts = torch.zeros(3, 1, 8, device=DEVICE)
-    prompts[..., 0] = 1
-    topk_similarity(patches, prompts, [3, 5, 2], impl=impl).backward(torch.eye(3, device=DEVICE)[:, None, :1][None, 0])
-    assert patches.grad is not None
-    for k, expected in ((3, [0, 1, 0, 1, 0, 1]), (5, [1, 1, 1, 1, 0, 1]), (2, [0, 1, 0, 1, 0, 0])):
-        leaf = patches.detach().clone().requires_grad_()
-        topk_similarity(leaf, prompts[:1], k, impl=impl).sum().backward()
-        assert torch.equal(leaf.grad[0, :, 0], torch.tensor(expected, device=DEVICE) / k)
+    prompts = torch.ones(1, 1, 8, device=DEVICE)
+    topk_similarity(patches, prompts, k, impl=impl).sum().backward()
+    expected = torch.tensor(share, device=DEVICE) / (2 if isinstance(k, list) else min(k, 6))
+    assert torch.allclose(patches.grad[0, :, 0], expected)
+
+
+@each_implementation
+@pytest.mark.parametrize("k", [1, 7, 63, 64, 65])
+def test_where_all_patches_are_equal_the_first_k_count(impl, k):
+    patches = torch.ones(2, 65, 8, device=DEVICE, requires_grad=True)
+    prompts = torch.ones(2, 3, 8, device=DEVICE)
+    values = topk_similarity(patches, prompts, k, impl=impl)
+    values.sum().backward()
+    assert torch.equal(values, torch.full((2, 2, 3), 8.0, device=DEVICE))
+    assert torch.equal(patches.grad[..., 0] != 0, (torch.arange(65, device=DEVICE) < k).expand(2, 65))
+
+
+@each_implementation
+@pytest.mark.parametrize(("dtype", "large"), [(torch.bfloat16, 256.0), (torch.float16, 2048.0), (torch.float32, 2.0)])
+def test_selection_and_result_are_exact_in_float32(impl, dtype, large):
+    # Both similarities are the same number in the low precision; in float32 the second is larger.
+    patches = torch.tensor([[[large, 0.0], [large, 1.0]]], dtype=dtype, device=DEVICE, requires_grad=True)
+    values = topk_similarity(patches, torch.ones(1, 1, 2, dtype=dtype, device=DEVICE), 1, impl=impl)
+    values.backward()
+    assert values.item() == large + 1
+    assert values.dtype == torch.float32
+    assert patches.grad[0, :, 0].tolist() == [0, 1]
+
+
+@each_implementation
+def test_similarities_below_zero_lose_to_no_padding(impl):
+    patches = -torch.ones(1, 33, 8, device=DEVICE)
+    values = topk_similarity(patches, torch.ones(1, 3, 8, device=DEVICE), 33, impl=impl)
+    assert torch.equal(values, torch.full((1, 1, 3), -8.0, device=DEVICE))
+
+
+@each_implementation
+def test_every_prompt_has_its_k(impl):
+    patches = torch.arange(1.0, 9, device=DEVICE)[None, :, None]
+    values = topk_similarity(patches, torch.ones(4, 1, 1, device=DEVICE), [1, 2, 8, 100], impl=impl)
+    assert values[0, :, 0].tolist() == [8, 7.5, 4.5, 4.5]
+    scales = topk_similarity(patches, torch.ones(2, 1, 1, device=DEVICE), [[1, 2], [8, 1]], impl=impl)
+    assert scales[0, :, 0].tolist() == [7.75, 6.25]
+
+
+@each_implementation
+def test_reduce_averages_over_the_prompts(impl):
+    inputs = draw_inputs((2, 9, 3, 4, 8), [[1], [2], [3]], torch.float32, device=DEVICE)
+    values = topk_similarity(inputs.patches, inputs.prompts, [1, 2, 3], impl=impl)
+    mean = topk_similarity(inputs.patches, inputs.prompts, [1, 2, 3], reduce="mean", impl=impl)
+    assert torch.equal(mean, values.mean(1))
+
+
+@each_implementation
+def test_permuting_classes_permutes_the_result(impl):
+    inputs = draw_inputs((2, 50, 2, 70, 16), [[3], [60]], torch.float32, device=DEVICE)
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    values = topk_similarity(inputs.patches, inputs.prompts, [3, 60], impl=impl)
+    permuted = topk_similarity(inputs.patches, inputs.prompts[:, order], [3, 60], impl=impl)
+    torch.testing.assert_close(permuted, values[:, :, order])
+
+
+@each_implementation
+def test_results_are_the_same_bits_in_every_run_and_in_every_batch(impl):
+    inputs = draw_inputs((5, 100, 2, 40, 64), [[3], [20]], torch.float32, device=DEVICE)
+    values, of_patches, of_prompts = run(inputs, impl)
+    again = run(inputs, impl)
+    assert all(map(torch.equal, (values, of_patches, of_prompts), again))
+    parts = [
+        run(Inputs(inputs.patches[part], inputs.prompts, inputs.k, inputs.grad[part]), impl)
+        for part in (slice(0, 1), slice(1, 3), slice(3, 5))
+    ]
+    assert torch.equal(torch.cat([part[0] for part in parts]), values)
+    assert torch.equal(torch.cat([part[1] for part in parts]), of_patches)
+
+
+@each_implementation
+def test_not_a_number_does_not_crash(impl):
+    inputs = draw_inputs((2, 9, 1, 3, 8), [[4]], torch.float32, device=DEVICE)
+    inputs.patches[0, 2] = torch.nan
+    values, *_ = run(inputs, impl)
+    assert values[1].isfinite().all()
+
+
+@pytest.mark.parametrize("k", [2, [3, 1], [[1, 3], [5, 2]], 50])
+def test_selected_patches_are_those_that_receive_gradient(k):
+    inputs = draw_inputs((2, 20, 2, 3, 8), [[1], [1]], torch.float32, ties=True)
+    selected = selected_patches(inputs.patches, inputs.prompts, k)
+    assert selected.shape == (2, 2, 3, 20)
+    for n in range(2):
+        for c in range(3):
+            patches = inputs.patches.clone().requires_grad_()
+            topk_similarity(patches, torch.ones_like(inputs.prompts) * inputs.prompts, k)[:, n, c].sum().backward()
+            touched = (patches.grad != 0).any(-1)
+            assert torch.equal(selected[:, n, c], touched) or not inputs.prompts[n, c].any()
+
+
+class Seen(TorchDispatchMode):
+    """Notes the names of the operators that run and the largest floating-point tensor that they make."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.names.add(func.name())
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel() * tensor.itemsize)
+        return result
+
+
+@pytest.mark.parametrize("impl", ["blocked", "triton"])
+@pytest.mark.parametrize("wanted", ["patches", "prompts"])
+def test_only_requested_gradients_are_computed(impl, wanted):
+    inputs = draw_inputs((2, 9, 1, 3, 8), [[4]], torch.float32, device=DEVICE)
+    getattr(inputs, wanted).requires_grad_()
+    with Seen() as seen:
+        topk_similarity(inputs.patches, inputs.prompts, 4, impl=impl).sum().backward()
+    ours = {name for name in seen.names if name.startswith("fastprompt::topk_similarity_grad")}
+    assert ours == {f"fastprompt::topk_similarity_grad_{wanted}"}
+
+
+def test_blocked_cuts_the_similarity_into_tiles(monkeypatch):
+    inputs = draw_inputs((3, 64, 2, 50, 8), [[3], [5]], torch.float32, device=DEVICE)
+    whole = run(inputs, "blocked")
+    monkeypatch.setattr(blocked, "TILE_BYTES", 7 * 64 * 4)
+    with Seen() as seen:
+        selected = blocked.forward(inputs.patches, inputs.prompts, inputs.k)[1]
+        blocked.grad_patches(inputs.grad, inputs.prompts, selected, inputs.k, 64)
+        blocked.grad_prompts(inputs.grad, inputs.patches, selected, inputs.k)
+    assert seen.largest < 3 * 50 * 64 * 4  # the similarity of one prompt
+    for tile, tensor in zip(run(inputs, "blocked"), whole, strict=True):
+        torch.testing.assert_close(tile, tensor)
+
+
+def test_offsets_beyond_2_to_31():
+    # Untouched pages of the large storage take no memory.
+    storage = torch.empty(2**31 + 4096, dtype=torch.float16, device=DEVICE)
+    far = storage.as_strided((2, 20, 8), (2**31, 8, 1))
+    near = draw_inputs((2, 20, 1, 3, 8), [[4]], torch.float16, device=DEVICE)
+    far.copy_(near.patches)
+    assert all(map(torch.equal, run(near, "triton"), run(Inputs(far, near.prompts, near.k, near.grad), "triton")))

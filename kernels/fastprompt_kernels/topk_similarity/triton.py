@@ -219,7 +219,7 @@ def forward(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]]) -> tup
     selected = torch.empty(B, N * S, C, triton.cdiv(P, 32), dtype=torch.int32, device=patches.device)
     if values.numel() == 0:
         return values, selected
-    blocks = forward_blocks(P)
+    blocks = forward_blocks(P, patches.dtype)
     # One launch a prompt: K, the length of the sorted run, is a constant of the kernel and the main part of its cost.
     for n, scales in enumerate(k):
         _forward_kernel[(B * triton.cdiv(C, blocks["BLOCK_C"]),)](
@@ -237,7 +237,7 @@ def grad_patches(grad: Tensor, prompts: Tensor, selected: Tensor, k: Sequence[Se
     result = torch.empty(B, P, D, dtype=prompts.dtype, device=prompts.device)
     if result.numel() == 0:
         return result
-    blocks = backward_blocks()
+    blocks = backward_blocks(prompts.dtype)
     level_grad = _level_grad(grad, k)
     _grad_patches_kernel[(B * triton.cdiv(P, blocks["BLOCK_P"]), triton.cdiv(D, blocks["BLOCK_D"]))](
         level_grad, selected, prompts, result, N, C, P, D, *prompts.stride(),
@@ -252,7 +252,7 @@ def grad_prompts(grad: Tensor, patches: Tensor, selected: Tensor, k: Sequence[Se
     result = torch.empty(N, C, D, dtype=patches.dtype, device=patches.device)
     if result.numel() == 0:
         return result
-    blocks = backward_blocks()
+    blocks = backward_blocks(patches.dtype)
     level_grad = _level_grad(grad, k)
     _grad_prompts_kernel[(N * triton.cdiv(C, blocks["BLOCK_C"]), triton.cdiv(D, blocks["BLOCK_D"]))](
         level_grad, selected, patches, result, B, N, C, P, D, *patches.stride(),
@@ -261,20 +261,28 @@ def grad_prompts(grad: Tensor, patches: Tensor, selected: Tensor, k: Sequence[Se
     return result
 
 
-def forward_blocks(P: int) -> dict[str, int]:
+def forward_blocks(P: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes and warps of the forward kernel.
 
     All patches of an image are in the tile. 16384 scores are 64 registers in each thread of 8 warps, and the network
-    needs as many again: with 128 (4 warps) it spills on sm_80 and sm_100.
+    needs as many again: with 128 (4 warps) it spills on sm_80 and sm_100. A float32 product has no tensor cores and
+    needs registers for its operands: half the tile. BLOCK_D keeps the patches' block within half of the 64 KiB of
+    shared memory that gfx942 has.
     """
     log_block_p = max(5, (P - 1).bit_length())
-    block_c = min(64, 16384 >> log_block_p)
-    return {"BLOCK_C": block_c, "LOG_BLOCK_P": log_block_p, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
+    return {
+        "BLOCK_C": max(16, min(64, (32768 // dtype.itemsize) >> log_block_p)),
+        "LOG_BLOCK_P": log_block_p,
+        "BLOCK_D": min(32, (32768 // dtype.itemsize) >> log_block_p),
+        "num_warps": 8,
+        "num_stages": 2,
+    }
 
 
-def backward_blocks() -> dict[str, int]:
-    """Tile sizes and warps of both backward kernels."""
-    return {"BLOCK_C": 64, "BLOCK_P": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}
+def backward_blocks(dtype: torch.dtype) -> dict[str, int]:
+    """Tile sizes and warps of both backward kernels: as large as the registers of every target allow."""
+    block = 64 if dtype.itemsize == 2 else 32
+    return {"BLOCK_C": block, "BLOCK_P": block, "BLOCK_D": block, "num_warps": 4, "num_stages": 2}
 
 
 def _level_grad(grad: Tensor, k: Sequence[Sequence[int]]) -> Tensor:
