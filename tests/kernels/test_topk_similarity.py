@@ -200,15 +200,15 @@ def test_permuting_classes_permutes_the_result(impl):
     torch.testing.assert_close(permuted, values[:, :, order])
 
 
-@each_implementation
+@pytest.mark.parametrize("impl", ["blocked", "triton"])
 def test_results_are_the_same_bits_in_every_run_and_in_every_batch(impl):
-    inputs = draw_inputs((5, 100, 2, 40, 64), [[3], [20]], torch.float32, device=DEVICE)
+    inputs = draw_inputs((4, 50, 2, 20, 64), [[3], [20]], torch.float32, device=DEVICE)
     values, of_patches, of_prompts = run(inputs, impl)
     again = run(inputs, impl)
     assert all(map(torch.equal, (values, of_patches, of_prompts), again))
     parts = [
         run(Inputs(inputs.patches[part], inputs.prompts, inputs.k, inputs.grad[part]), impl)
-        for part in (slice(0, 1), slice(1, 3), slice(3, 5))
+        for part in (slice(0, 1), slice(1, 4))
     ]
     assert torch.equal(torch.cat([part[0] for part in parts]), values)
     assert torch.equal(torch.cat([part[1] for part in parts]), of_patches)
@@ -230,9 +230,8 @@ def test_selected_patches_are_those_that_receive_gradient(k):
     for n in range(2):
         for c in range(3):
             patches = inputs.patches.clone().requires_grad_()
-            topk_similarity(patches, torch.ones_like(inputs.prompts) * inputs.prompts, k)[:, n, c].sum().backward()
-            touched = (patches.grad != 0).any(-1)
-            assert torch.equal(selected[:, n, c], touched) or not inputs.prompts[n, c].any()
+            topk_similarity(patches, inputs.prompts, k)[:, n, c].sum().backward()
+            assert torch.equal(selected[:, n, c], (patches.grad != 0).any(-1))
 
 
 class Seen(TorchDispatchMode):

@@ -32,7 +32,8 @@ def forward(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]]) -> tup
     for images, classes in _tiles(B, C, P * dtype.itemsize):
         keys = patches[images].to(dtype).mT
         for n, scales in enumerate(k):
-            scores = prompts[n, classes].to(dtype) @ keys  # (images, classes, P)
+            # Not matmul: it would pick its method by whether an input requires a gradient, and compiled code knows none.
+            scores = torch.bmm(prompts[n, classes].to(dtype).expand(len(keys), -1, -1), keys)  # (images, classes, P)
             top, order = _largest(scores, scales)
             values[images, n, classes] = sum(top[..., :scale].mean(-1) for scale in scales) / S
             for level, scale in enumerate(scales, start=n * S):
@@ -49,7 +50,7 @@ def grad_patches(grad: Tensor, prompts: Tensor, selected: Tensor, k: Sequence[Se
     for images, classes in _tiles(B, prompts.shape[1], P * grad.itemsize):
         for n, scales in enumerate(k):
             weights = _weights(grad, selected, scales, n, images, classes, P)
-            result[images] += weights @ prompts[n, classes].to(grad.dtype)
+            result[images] += (weights.flatten(0, 1) @ prompts[n, classes].to(grad.dtype)).view(-1, P, D)
     return result.to(prompts.dtype)
 
 

@@ -197,6 +197,8 @@ def why_not(device: torch.device, dtype: torch.dtype | None = None, P: int = 1) 
             return "the kernels need compute capability 8.0 or higher"
     if dtype is not None and dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the kernels take float32, float16 and bfloat16, not {dtype}"
+    if torch.version.hip and dtype == torch.float32 and P > 512:
+        return f"float32 with {P} patches needs more shared memory than ROCm devices have"
     if P > MAX_PATCHES:
         return f"the kernels take at most {MAX_PATCHES} patches, not {P}"
     return None
@@ -265,15 +267,16 @@ def forward_blocks(P: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes and warps of the forward kernel.
 
     All patches of an image are in the tile. 16384 scores are 64 registers in each thread of 8 warps, and the network
-    needs as many again: with 128 (4 warps) it spills on sm_80 and sm_100. A float32 product has no tensor cores and
-    needs registers for its operands: half the tile. BLOCK_D keeps the patches' block within half of the 64 KiB of
-    shared memory that gfx942 has.
+    needs as many again: with 128 (4 warps) it spills on sm_80 and sm_100. Half of that is left where a float32 product
+    (no tensor cores, operands in registers) or more than 512 patches need more. BLOCK_D keeps the patches' block within
+    half of the 64 KiB of shared memory that gfx942 has, except for float32 above 512 patches.
     """
     log_block_p = max(5, (P - 1).bit_length())
+    scores = 16384 if dtype.itemsize == 2 and P <= 512 else 8192
     return {
-        "BLOCK_C": max(16, min(64, (32768 // dtype.itemsize) >> log_block_p)),
+        "BLOCK_C": min(64, scores >> log_block_p),
         "LOG_BLOCK_P": log_block_p,
-        "BLOCK_D": min(32, (32768 // dtype.itemsize) >> log_block_p),
+        "BLOCK_D": max(16, min(32, (32768 // dtype.itemsize) >> log_block_p)),
         "num_warps": 8,
         "num_stages": 2,
     }
