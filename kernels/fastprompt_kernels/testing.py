@@ -12,6 +12,10 @@ import torch
 import torch.utils.deterministic
 from torch import Tensor
 
+# A term is rounded some four times (the weight of each scale, their sum, the product), and so are the partial sums, by
+# half a unit each at the most: together four units.
+BAND = 4
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -87,8 +91,8 @@ def assert_as_accurate(actual: Tensor, plain: Tensor, oracle: Tensor, terms: Ten
         actual: what is tested.
         plain: what plain PyTorch gives on the same inputs, in the dtype of `actual`.
         oracle: the truth, in float64.
-        terms: the sum of the absolute values of the terms that make up each element, in float64: one rounding unit of
-            it is the band.
+        terms: the sum of the absolute values of the terms that make up each element, in float64; BAND rounding units
+            of it are the band.
         what: the name of the tensor, for the message.
 
     Raises:
@@ -98,7 +102,7 @@ def assert_as_accurate(actual: Tensor, plain: Tensor, oracle: Tensor, terms: Ten
     assert actual.shape == oracle.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
     if oracle.numel() == 0:
         return
-    allowed = (plain.double() - oracle).abs().max() + torch.finfo(actual.dtype).eps * terms
+    allowed = (plain.double() - oracle).abs().max() + BAND * torch.finfo(actual.dtype).eps * terms
     # Not a number is the worst of all errors.
     excess = ((actual.double() - oracle).abs() - allowed).nan_to_num(nan=torch.inf)
     worst = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))

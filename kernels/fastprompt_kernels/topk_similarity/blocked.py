@@ -32,7 +32,7 @@ def forward(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]]) -> tup
     for images, classes in _tiles(B, C, P * dtype.itemsize):
         keys = patches[images].to(dtype).mT
         for n, scales in enumerate(k):
-            # Not matmul: it would pick its method by whether an input requires a gradient, and compiled code knows none.
+            # Not matmul, which picks its method by whether an input requires a gradient: compiled code knows none.
             scores = torch.bmm(prompts[n, classes].to(dtype).expand(len(keys), -1, -1), keys)  # (images, classes, P)
             top, order = _largest(scores, scales)
             values[images, n, classes] = sum(top[..., :scale].mean(-1) for scale in scales) / S
