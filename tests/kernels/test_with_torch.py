@@ -25,9 +25,10 @@ def make_inputs(B=2, requires_grad=True):
     return inputs.patches.requires_grad_(requires_grad), inputs.prompts.requires_grad_(requires_grad), inputs.grad
 
 
-@pytest.mark.parametrize("impl", ["blocked", "triton"])
-def test_opcheck(impl):
+@pytest.mark.parametrize(("impl", "dtype"), [("blocked", torch.float32), ("triton", torch.bfloat16)])
+def test_opcheck(impl, dtype):
     patches, prompts, grad = make_inputs()
+    patches, prompts = (tensor.detach().to(dtype).requires_grad_() for tensor in (patches, prompts))
     k = [2, 3, 1, 9]
     _, selected = torch.ops.fastprompt.topk_similarity(patches, prompts, k, impl)
     torch.library.opcheck(torch.ops.fastprompt.topk_similarity.default, (patches, prompts, k, impl))
