@@ -96,7 +96,7 @@ def run(command: Train | EvaluateConfig | PredictConfig | ExplainConfig | Doctor
 
             print(examine(backbone))
         case Demo(out):
-            from fastprompt.demo.experiment import run_demo
+            from fastprompt.demo.page import run_demo
 
             print(run_demo(out))
 

@@ -118,7 +118,7 @@ class TrainGalLoP(TrainConfig):
     """Patches that each local prompt keeps: as many local prompts as numbers."""
     dropout: float = 0.75
     """Share of the global prompts left out per image while training."""
-    context: str | int = "a photo of a"
+    context: int | str = "a photo of a"
     """Words that the contexts start from, or a number of random tokens."""
 
 
@@ -129,7 +129,7 @@ class TrainCoOp(TrainConfig):
     method: ClassVar[str] = "coop"
     own_options: ClassVar[tuple[str, ...]] = ("context",)
 
-    context: str | int = "a photo of a"
+    context: int | str = "a photo of a"
     """Words that the context starts from, or a number of random tokens (16 in the paper's few-shot runs)."""
 
 

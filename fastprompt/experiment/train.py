@@ -14,7 +14,7 @@ from fastprompt.experiment.config import TrainConfig
 from fastprompt.experiment.sources import feature_source
 from fastprompt.learners import Learner, ZeroShot, make_learner
 from fastprompt.report import CaptionedFigure, Column, Report, Table, TrainingCurve, draw_training_curves, write_report
-from fastprompt.training import EpochMetrics, RunFolder, fit
+from fastprompt.training import RunFolder, epoch_metrics, fit
 
 EVALUATION = "evaluation"  # kind of line in metrics.jsonl
 REPORT = "report.html"
@@ -43,10 +43,15 @@ class TrainedRun:
     table: Table
 
 
-def train_run(config: TrainConfig, *, progress: bool = True) -> TrainedRun:
+def train_run(config: TrainConfig, *, backbone: Backbone | None = None, progress: bool = True) -> TrainedRun:
     """Train and test one learner as configured; what can be wrong with the input is checked before the long work.
 
     An unfinished run in the same folder is resumed; of a finished one the results are read.
+
+    Args:
+        config: what to train.
+        backbone: the one that ``config`` names, if it is loaded already.
+        progress: whether to show bars.
 
     Raises:
         InputError: bad input, in one sentence.
@@ -57,7 +62,7 @@ def train_run(config: TrainConfig, *, progress: bool = True) -> TrainedRun:
     train = few_shot(select_classes(dataset.train, config.classes), config.shots or None, config.seed, config.sampler)
     run = RunFolder.create_or_resume(config.out or default_run_folder(config, dataset), config.resolved())
     if not run.complete or not run.metrics(EVALUATION):
-        backbone = load_backbone(
+        backbone = backbone or load_backbone(
             config.backbone,
             config.pretrained,
             device=config.device,
@@ -72,8 +77,9 @@ def train_run(config: TrainConfig, *, progress: bool = True) -> TrainedRun:
             fit(learner, source, config.settings(), run=run, progress=progress)
         if not run.complete:
             run.save_model(learner, {"options": learner.options})
-        for row in {template.method: template, learner.method: learner}.values():
-            run.log(EVALUATION, learner=row.method, **_test(row, dataset, backbone, config, progress))
+        rows = {template.method: template, learner.method: learner}
+        results = {name: _test(row, dataset, backbone, config, progress) for name, row in rows.items()}
+        run.log(EVALUATION, results=results)
     table = results_table(run, dataset.name)
     write_report(_report(config, run, table), run.path / REPORT)
     return TrainedRun(run, table)
@@ -109,14 +115,14 @@ def _test(
 
 def results_table(run: RunFolder, dataset: str) -> Table:
     """The test results in a run folder."""
-    results = {line.pop("learner"): line for line in run.metrics(EVALUATION)}
+    results = run.metrics(EVALUATION)[-1]["results"]
     measures = [name for name in COLUMNS if all(name in result for result in results.values())]
     rows = tuple(Row(method, tuple(result[name] for name in measures)) for method, result in results.items())
     return Table(f"{dataset}: test images", tuple(COLUMNS[name] for name in measures), rows, "Method")
 
 
 def _report(config: TrainConfig, run: RunFolder, table: Table) -> Report:
-    epochs = [EpochMetrics(**{k: v for k, v in line.items() if k != "kind"}) for line in run.metrics("epoch")]
+    epochs = epoch_metrics(run)
     curve = TrainingCurve(config.method, [[epoch.loss for epoch in epochs]], [[epoch.accuracy for epoch in epochs]])
     figures = (
         (CaptionedFigure(draw_training_curves([curve], "Training accuracy (%)"), "Each image before its update."),)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastprompt.backbone import ImageFeatures, load_backbone
+from fastprompt.backbone import Backbone, ImageFeatures, load_backbone
 from fastprompt.data import find_images, load_dataset, load_image, select_classes
 from fastprompt.errors import InputError
 from fastprompt.evaluation import Row, evaluate_accuracy, ood_detection
@@ -24,15 +24,20 @@ OOD_COLUMNS = (
 )
 
 
-def load_run(path: str | Path, device: str | None = None) -> Learner:
+def load_run(path: str | Path, *, device: str | None = None, backbone: Backbone | None = None) -> Learner:
     """The trained learner of a run folder.
+
+    Args:
+        path: the run folder.
+        device: where it runs; CUDA if there is one by default.
+        backbone: the one that it was trained on, if it is loaded already.
 
     Raises:
         InputError: not a finished run, or its backbone has other weights now.
     """
     run = RunFolder.open(path)
     tensors, metadata = run.load_model()
-    backbone = load_backbone(
+    backbone = backbone or load_backbone(
         metadata["backbone"], metadata["pretrained"], device=device, precision=run.config["precision"]
     )
     if backbone.fingerprint != metadata["fingerprint"]:
@@ -53,7 +58,7 @@ def evaluate_run(config: EvaluateConfig, *, progress: bool = True) -> Table:
     dataset = load_dataset(config.data or run.config["data"], split_file=split_file, keep_underscores=keep)
     images = select_classes(split_of(dataset, config.split), config.classes)
     unknown = None if config.ood is None else unlabelled(find_images(config.ood, recursive=True))
-    learner = load_run(config.run, config.device).with_class_names(images.class_names)
+    learner = load_run(config.run, device=config.device).with_class_names(images.class_names)
     zero_shot = ZeroShot(learner.backbone, images.class_names, template=run.config["zero_shot_template"])
 
     features = FeatureConfig(cache_dir=config.cache_dir)
@@ -78,7 +83,7 @@ def predict_images(config: PredictConfig) -> list[tuple[Path, list[tuple[str, fl
     if config.top < 1:
         raise InputError(f"top: expected at least 1, got {config.top}")
     paths = [path for given in config.images for path in (find_images(given) if given.is_dir() else (given,))]
-    learner = load_run(config.run, config.device)
+    learner = load_run(config.run, device=config.device)
     results = []
     for path in paths:
         probabilities = learner.predict(_features(learner, path))[0]
@@ -90,7 +95,7 @@ def predict_images(config: PredictConfig) -> list[tuple[Path, list[tuple[str, fl
 
 def explain_image(config: ExplainConfig) -> tuple[Path, str]:
     """Draw which patches were selected for a class; returns the PNG file and the class."""
-    learner = load_run(config.run, config.device)
+    learner = load_run(config.run, device=config.device)
     if not isinstance(learner, GalLoP):
         raise InputError(f"explain needs a run of gallop, and {config.run} is one of {learner.method}")
     features = _features(learner, config.image)

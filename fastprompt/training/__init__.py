@@ -3,7 +3,7 @@
 from fastprompt.training.interrupt import Interrupted
 from fastprompt.training.loop import fit
 from fastprompt.training.metrics import EpochMetrics, TrainingResult
-from fastprompt.training.run_folder import RunFolder
+from fastprompt.training.run_folder import RunFolder, epoch_metrics
 from fastprompt.training.settings import TrainingSettings, published_settings
 from fastprompt.training.sources import CachedSource, FeatureSource, ImageSource
 
@@ -16,6 +16,7 @@ __all__ = [
     "RunFolder",
     "TrainingResult",
     "TrainingSettings",
+    "epoch_metrics",
     "fit",
     "published_settings",
 ]

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from fastprompt.errors import InputError
 from fastprompt.training.interrupt import Interrupted, InterruptFlag
 from fastprompt.training.metrics import EpochMetrics, TrainingResult, peak_memory, reset_peak_memory
-from fastprompt.training.run_folder import MODEL, STATE, RunFolder
+from fastprompt.training.run_folder import MODEL, STATE, RunFolder, epoch_metrics
 from fastprompt.training.settings import TrainingSettings
 from fastprompt.training.sources import FeatureSource
 from fastprompt.training.state import TrainingState, restore_learned
@@ -64,7 +64,7 @@ def fit(
     if run is not None and run.complete:
         log.info("%s is complete: nothing to train", run.path)
         restore_learned(learner, run.load_model()[0], run.path / MODEL)
-        return TrainingResult(tuple(_history(run)))
+        return TrainingResult(tuple(epoch_metrics(run)))
     training = _Training(learner, source, settings, run, device)
     training.resume()
     learner.train()
@@ -203,7 +203,7 @@ class _Training:
         self.step, self.seconds = state.step, state.seconds
         self.losses[: self.step] = state.losses.to(self.device)
         self.correct[: self.step] = state.correct.to(self.device)
-        self.history = _history(self.run)
+        self.history = epoch_metrics(self.run)
 
     def bar(self, progress: bool) -> tqdm:
         done = self.epoch * self.steps + self.step
@@ -254,8 +254,3 @@ def _check(learner: Learner, source: FeatureSource) -> torch.device:
     if low < 0 or high >= classes:
         raise InputError(f"labels must be from 0 to {classes - 1}, not from {low} to {high}")
     return next(iter(parameters.values())).device
-
-
-def _history(run: RunFolder) -> list[EpochMetrics]:
-    lines = run.metrics("epoch")
-    return [EpochMetrics(**{name: value for name, value in line.items() if name != "kind"}) for line in lines]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class TrainingResult:
 def peak_memory(device: torch.device) -> int | None:
     """Most bytes in use so far.
 
-    On CUDA what torch allocated since `reset_peak_memory`; elsewhere the resident set of the whole process since it
-    started, which can only grow. None on Windows, which does not say.
+    On CUDA what torch allocated, elsewhere the resident set of the whole process; since `reset_peak_memory` on CUDA and
+    on Linux, since the process started elsewhere. None on Windows, which does not say.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -64,6 +68,8 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start to measure anew, where the device allows it."""
+    """Start to measure anew, where the system allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    elif os.access(CLEAR_REFS, os.W_OK):
+        CLEAR_REFS.write_text("5")  # resets the high-water mark that getrusage reads

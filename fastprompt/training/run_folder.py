@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastprompt.errors import InputError
 from fastprompt.training.environment import environment
+from fastprompt.training.metrics import EpochMetrics
 from fastprompt.training.state import TrainingState, read_tensors, tensors_to_bytes
 
 if TYPE_CHECKING:
@@ -157,6 +158,12 @@ class RunFolder:
             _replace(self.path / ENVIRONMENT, json.dumps(environment(), indent=2).encode() + b"\n")
             _replace(self.path / CONFIG, json.dumps(self.config, indent=2).encode() + b"\n")
         _replace(self.path / name, content)
+
+
+def epoch_metrics(run: RunFolder) -> list[EpochMetrics]:
+    """The epochs that a run has trained, from the first."""
+    lines = run.metrics("epoch")
+    return [EpochMetrics(**{name: value for name, value in line.items() if name != "kind"}) for line in lines]
 
 
 def _replace(file: Path, content: bytes) -> None:

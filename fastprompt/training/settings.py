@@ -26,7 +26,7 @@ class TrainingSettings:
     """Images a step. An incomplete last batch is dropped, unless it is the only one (the rule of Dassl)."""
 
     lr: float = 0.002
-    """Learning rate at the top of the cosine, 1/step (CoOp and GalLoP: 0.002)."""
+    """Learning rate at the top of the cosine (CoOp and GalLoP: 0.002)."""
 
     momentum: float = 0.9
     """Momentum of SGD, without Nesterov (CoOp and GalLoP: 0.9)."""
@@ -38,10 +38,10 @@ class TrainingSettings:
     """Epochs at the constant rate warmup_lr before the cosine starts (CoOp: 1, GalLoP: 0)."""
 
     warmup_lr: float = 1e-5
-    """Learning rate during the warm-up, 1/step (CoOp: 1e-5)."""
+    """Learning rate during the warm-up (CoOp: 1e-5)."""
 
     seed: int = 1
-    """Seed of the order of the images, of random transforms and of prompt dropout (published runs: 1, 2 and 3)."""
+    """Seed of image order, random transforms and prompt dropout (CoOp was run with 1, 2 and 3, GalLoP with 1)."""
 
     def __post_init__(self) -> None:
         _require("epochs", self.epochs, self.epochs >= 1, "at least 1")

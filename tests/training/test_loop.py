@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from fastprompt.errors import InputError
+from fastprompt.training import fit
 
 
 def test_loss_falls_and_predictions_are_learned(toy):
@@ -19,19 +20,36 @@ def test_loss_falls_and_predictions_are_learned(toy):
     assert all(epoch.peak_memory_bytes > 10 * 2**20 for epoch in result.epochs)
 
 
-def test_one_step_is_sgd_with_weight_decay(toy):
+def test_steps_are_sgd_with_momentum_weight_decay_and_the_schedule(toy):
+    """Three epochs of one full batch against the equations of SGD, written out."""
     learner, source = toy.learner(), toy.source(n=8)
-    torch.manual_seed(5)
-    torch.nn.init.normal_(learner.weight)
-    before = learner.weight.detach().clone()
     learner.loss = lambda scores, labels: F.cross_entropy(scores.logits, labels)
-    loss = learner.loss(learner(source.batch(torch.arange(8))), source.labels)
-    gradient = torch.autograd.grad(loss, learner.weight)[0]
-    settings = toy.settings(epochs=1, warmup_epochs=0, lr=0.5, weight_decay=0.1)
+    torch.nn.init.ones_(learner.bias)
+    settings = toy.settings(epochs=3, warmup_epochs=1, lr=0.5, warmup_lr=0.1, momentum=0.9, weight_decay=0.1)
+    expected = {name: tensor.detach().clone().requires_grad_() for name, tensor in learner.named_parameters()}
+    velocity = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+    losses, rates = [], [0.1, 0.5, 0.375]  # warm-up, then 0.5 (1 + cos(0)) / 2 and 0.5 (1 + cos(pi / 3)) / 2
+    for lr in rates:
+        logits = source.features.pooled @ expected["weight"].T + expected["bias"]
+        losses.append(F.cross_entropy(logits, source.labels))
+        gradients = torch.autograd.grad(losses[-1], list(expected.values()))
+        for (name, tensor), gradient in zip(expected.items(), gradients, strict=True):
+            velocity[name] = 0.9 * velocity[name] + gradient + 0.1 * tensor.detach()
+            tensor.data -= lr * velocity[name]
     result = toy.fit(learner, source, settings)
-    torch.testing.assert_close(learner.weight, before - 0.5 * (gradient + 0.1 * before))
-    assert result.epochs[0].loss == pytest.approx(loss.item())
-    assert result.epochs[0].lr == 0.5
+    for name, tensor in learner.named_parameters():
+        torch.testing.assert_close(tensor, expected[name])
+    assert [epoch.loss for epoch in result.epochs] == pytest.approx([loss.item() for loss in losses])
+    assert [epoch.lr for epoch in result.epochs] == pytest.approx(rates)
+
+
+def test_progress_bar_counts_all_steps_and_can_be_silent(toy, capsys):
+    toy.fit(toy.learner(), toy.source(), toy.settings())
+    assert capsys.readouterr().err == ""
+    fit(toy.learner(), toy.source(), toy.settings(), progress=True)
+    bar = capsys.readouterr().err
+    assert "20/20" in bar and "epoch=4" in bar
+    assert all(name in bar for name in ("loss=", "accuracy=", "lr="))
 
 
 @pytest.mark.parametrize(("n", "sizes"), [(5, [5]), (8, [8]), (20, [8, 8])])
@@ -113,6 +131,10 @@ def test_tensors_that_are_not_finite_are_never_saved(toy, tmp_path):
 def test_what_cannot_be_trained_is_refused(toy):
     with pytest.raises(InputError, match="labels must be from 0 to 2, not from 0 to 3"):
         toy.fit(toy.learner(classes=3), toy.source(classes=4), toy.settings())
+    source = toy.source()
+    source.labels = source.labels - 1
+    with pytest.raises(InputError, match="labels must be from 0 to 3, not from -1 to 2"):
+        toy.fit(toy.learner(), source, toy.settings())
     with pytest.raises(InputError, match="at least one training image"):
         toy.fit(toy.learner(), toy.source(n=0), toy.settings())
     with pytest.raises(InputError, match=r"weight must be float32 to be trained, not torch\.float16"):

@@ -4,12 +4,14 @@ import json
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastprompt.errors import InputError
-from fastprompt.training import Interrupted
+from fastprompt.learners import GalLoP
+from fastprompt.training import ImageSource, Interrupted, fit
 from fastprompt.training.interrupt import InterruptFlag
 
 STEPS = 5  # of an epoch: 44 images in batches of 8
@@ -55,6 +57,38 @@ def test_interrupted_run_ends_bitwise_like_a_straight_one(toy, tmp_path, call):
     assert (path / "model.safetensors").read_bytes() == (expected_run.path / "model.safetensors").read_bytes()
 
 
+def test_gallop_with_its_prompt_dropout_resumes_bitwise(toy, tmp_path, vit_backbone):
+    generator = torch.Generator().manual_seed(2)
+    pixels, labels = torch.randn(8, 3, 32, 32, generator=generator).double(), torch.arange(8) % 2
+
+    def read(paths, generator):
+        return pixels[[int(path.stem) for path in paths]]
+
+    plain = ImageSource([Path(f"{i}.png") for i in range(8)], labels, read=read, backbone=vit_backbone)
+    settings = toy.settings(epochs=3, batch_size=4, lr=0.002, warmup_epochs=0)
+
+    def train(path, source):
+        learner = GalLoP(vit_backbone, ["cat", "hot dog"], k=(2, 5))
+        toy.fit(learner, source, settings, run=toy.run(path))
+        return learner.state_dict()
+
+    calls = iter(range(1, 100))
+
+    def read_and_press(paths, generator):
+        if next(calls) == 3:
+            press_ctrl_c()
+        return read(paths, generator)
+
+    stopped = ImageSource(plain.paths, labels, read=read_and_press, backbone=vit_backbone)
+    with pytest.raises(Interrupted, match="epoch 2 of 3 after step 1 of 2"):
+        train(tmp_path / "stopped", stopped)
+    expected, resumed = train(tmp_path / "straight", plain), train(tmp_path / "stopped", plain)
+    start = GalLoP(vit_backbone, ["cat", "hot dog"], k=(2, 5)).state_dict()
+    for name, tensor in expected.items():
+        assert torch.equal(resumed[name], tensor), name
+        assert not torch.equal(start[name], tensor), name
+
+
 def test_killed_run_repeats_its_epoch_without_double_lines(toy, tmp_path):
     expected, _, _ = straight(toy, tmp_path / "straight")
     path = tmp_path / "killed"
@@ -82,6 +116,14 @@ def test_ctrl_c_between_epochs(toy, tmp_path):
         toy.fit(toy.learner(), toy.source(), toy.settings(), run=run, on_epoch=lambda metrics: press_ctrl_c())
     assert (stop.value.epoch, stop.value.step) == (1, STEPS)
     assert (run.load_state().epoch, run.load_state().step) == (1, 0)
+
+
+def test_progress_bar_goes_on_where_it_was(toy, tmp_path, capsys):
+    with pytest.raises(Interrupted):
+        toy.fit(toy.learner(), toy.source(at_call={7: press_ctrl_c}), toy.settings(), run=toy.run(tmp_path / "run"))
+    fit(toy.learner(), toy.source(), toy.settings(), run=toy.run(tmp_path / "run"), progress=True)
+    bar = capsys.readouterr().err
+    assert "7/20" in bar and "20/20" in bar
 
 
 def test_ctrl_c_without_a_run_folder_says_so(toy):

@@ -155,6 +155,19 @@ def test_write_that_fails_keeps_the_old_file_and_no_other(run, monkeypatch):
     assert {file.name: file.read_bytes() for file in run.path.iterdir()} == before
 
 
+def test_metrics_of_one_kind(run):
+    run.log("evaluation", accuracy=0.25)
+    assert run.metrics("evaluation") == [{"kind": "evaluation", "accuracy": 0.25}]
+    assert [line["kind"] for line in run.metrics()] == ["epoch", "evaluation"]
+
+
+def test_environment_is_that_of_the_start(run, monkeypatch):
+    before = (run.path / "environment.json").read_text()
+    monkeypatch.setattr("sys.argv", ["fastprompt", "train", "--again"])
+    RunFolder.create_or_resume(run.path, CONFIG).log("epoch", epoch=2)
+    assert (run.path / "environment.json").read_text() == before
+
+
 def test_environment_is_recorded(run):
     environment = json.loads((run.path / "environment.json").read_text())
     assert environment["fastprompt"] == __version__

@@ -48,11 +48,11 @@ def test_image_source_randomness_is_the_generators(images):
 
 
 def test_features_of_images_can_be_trained_on(images):
-    patches = images.batch(torch.tensor([0, 3])).patches
-    assert not patches.requires_grad
+    features = images.batch(torch.tensor([0, 3]))
+    assert not features.patches.requires_grad
     weight = torch.nn.Parameter(torch.eye(3))
-    (patches @ weight).sum().backward()  # fails on tensors made in inference mode
-    assert torch.equal(weight.grad, patches.sum((0, 1))[:, None].expand(3, 3))
+    (features.pooled @ weight).sum().backward()  # fails on tensors made in inference mode
+    assert torch.equal(weight.grad, features.pooled.sum(0)[:, None].expand(3, 3))
 
 
 def test_cached_source_keeps_the_order_asked_for(toy):

@@ -1,0 +1,108 @@
+"""The house rules that no single room can test: who imports whom, what an import costs, what is shipped."""
+
+import ast
+import configparser
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# From the foundation up; a room may import the rooms before it.
+ROOMS = [
+    "kernels",
+    "errors",
+    "version",
+    "backbone",
+    "learners",
+    "training",
+    "evaluation",
+    "report",
+    "experiment",
+    "demo",
+]
+DATA_MAY_IMPORT = {"data", "errors", "version"}
+LIBRARY_FILES = sorted([*ROOT.glob("fastprompt/**/*.py"), *ROOT.glob("kernels/**/*.py")])
+
+
+def imported(file):
+    """Full names of the modules that a file imports; those under TYPE_CHECKING do not count."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    pending, names = list(tree.body), set()
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = file.relative_to(ROOT).parts[: -node.level] if node.level else ()
+            names.add(".".join([*package, *([node.module] if node.module else [])]))
+        pending += ast.iter_child_nodes(node)
+    return names
+
+
+def room(module):
+    first, *rest = module.split(".")
+    if first in ("fastprompt_kernels", "kernels"):
+        return "kernels"
+    return rest[0] if first == "fastprompt" and rest else None
+
+
+@pytest.mark.parametrize("file", LIBRARY_FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_go_one_way(file):
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    here = "kernels" if parts[0] == "kernels" else parts[1]
+    rooms = {room(module) for module in imported(file)} - {None, here}
+    if here in ("__init__", "cli", "doctor"):
+        return  # the roof: they may import everything
+    if here == "data":
+        assert rooms <= DATA_MAY_IMPORT
+        return
+    assert here in ROOMS, f"{here} is a new room: give it a place in ROOMS"
+    below = set(ROOMS[: ROOMS.index(here)]) | ({"data"} if here in ("experiment", "demo") else set())
+    assert rooms <= below, f"{here} imports upward: {rooms - below}"
+
+
+@pytest.mark.parametrize("file", LIBRARY_FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_only_kernels_import_triton_and_none_unpickles(file):
+    modules = {module.split(".")[0] for module in imported(file)}
+    if "kernels" not in file.parts:
+        assert "triton" not in modules
+    assert not modules & {"pickle", "cloudpickle", "dill", "joblib"}
+    assert "torch.load(" not in file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("package", ["fastprompt", "fastprompt_kernels"])
+def test_import_brings_neither_triton_nor_a_device(package):
+    program = (
+        f"import sys, {package}, torch; "
+        "assert 'triton' not in sys.modules, 'triton was imported'; "
+        "assert not torch.cuda.is_initialized(), 'a device was initialised'; "
+        "assert 'matplotlib' not in sys.modules and 'open_clip' not in sys.modules, 'heavy imports'"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_every_package_is_shipped():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    listed = set(config["options"]["packages"].split())
+    present = {
+        ".".join(folder.relative_to(root).parts)
+        for root in (ROOT, ROOT / "kernels")
+        for top in ("fastprompt", "fastprompt_kernels")
+        for folder in [root / top, *(root / top).rglob("*")]
+        if (folder / "__init__.py").is_file()
+    }
+    assert listed == present
+
+
+def test_public_names_exist():
+    import fastprompt
+
+    for name in fastprompt.__all__:
+        assert getattr(fastprompt, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Gallop'"):
+        _ = fastprompt.Gallop
