@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tests.models import make_backbone, make_clip  # noqa: E402
+from tests.models import make_backbone, make_clip
 
 
 @pytest.fixture(scope="session")
