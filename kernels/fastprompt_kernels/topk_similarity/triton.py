@@ -53,11 +53,8 @@ def _largest(x, LOG_K: tl.constexpr, LOG_LENGTH: tl.constexpr):
 
 @triton.jit
 def _pack(flags):
-    """Flags of 0 and 1, one bit each: flag p % 32 + 32 w of a row becomes bit p % 32 of word w."""
-    ROWS: tl.constexpr = flags.shape[0]
-    WORDS: tl.constexpr = flags.shape[1] // 32
-    bit = tl.arange(0, 32)[None, None, :]
-    return tl.sum(flags.reshape(ROWS, WORDS, 32) << bit, 2)
+    """Flags of 0 and 1, one bit each: flag p of a row becomes bit p % 32 of its word p // 32."""
+    return tl.sum(flags.reshape(flags.shape[0], flags.shape[1] // 32, 32) << tl.arange(0, 32)[None, None, :], 2)
 
 
 @triton.jit
@@ -205,12 +202,7 @@ def why_not(device: torch.device, dtype: torch.dtype | None = None, P: int = 1) 
 
 
 def forward(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """The values and the packed selection.
-
-    Args:
-        patches: (B, P, D), P at most MAX_PATCHES.
-        prompts: (N, C, D).
-        k: for every prompt its S scales, each from 1 to P.
+    """The values and the packed selection of patches (B, P, D) for prompts (N, C, D), with the S scales of each in k.
 
     Returns:
         values (B, N, C) float32 and selected (B, N * S, C, ceil(P / 32)) int32, where bit p % 32 of word p // 32 says
@@ -240,9 +232,8 @@ def grad_patches(grad: Tensor, prompts: Tensor, selected: Tensor, k: Sequence[Se
     if result.numel() == 0:
         return result
     blocks = backward_blocks(prompts.dtype)
-    level_grad = _level_grad(grad, k)
     _grad_patches_kernel[(B * triton.cdiv(P, blocks["BLOCK_P"]), triton.cdiv(D, blocks["BLOCK_D"]))](
-        level_grad, selected, prompts, result, N, C, P, D, *prompts.stride(),
+        _level_grad(grad, k), selected, prompts, result, N, C, P, D, *prompts.stride(),
         SCALES=len(k[0]), DOT=_dot_dtype(prompts.dtype), INDEX=_index_dtype(prompts, result, selected), **blocks,
     )  # fmt: skip
     return result
@@ -255,9 +246,8 @@ def grad_prompts(grad: Tensor, patches: Tensor, selected: Tensor, k: Sequence[Se
     if result.numel() == 0:
         return result
     blocks = backward_blocks(patches.dtype)
-    level_grad = _level_grad(grad, k)
     _grad_prompts_kernel[(N * triton.cdiv(C, blocks["BLOCK_C"]), triton.cdiv(D, blocks["BLOCK_D"]))](
-        level_grad, selected, patches, result, B, N, C, P, D, *patches.stride(),
+        _level_grad(grad, k), selected, patches, result, B, N, C, P, D, *patches.stride(),
         SCALES=len(k[0]), DOT=_dot_dtype(patches.dtype), INDEX=_index_dtype(patches, result, selected), **blocks,
     )  # fmt: skip
     return result
@@ -273,13 +263,8 @@ def forward_blocks(P: int, dtype: torch.dtype) -> dict[str, int]:
     """
     log_block_p = max(5, (P - 1).bit_length())
     scores = 16384 if dtype.itemsize == 2 and P <= 512 else 8192
-    return {
-        "BLOCK_C": min(64, scores >> log_block_p),
-        "LOG_BLOCK_P": log_block_p,
-        "BLOCK_D": max(16, min(32, (32768 // dtype.itemsize) >> log_block_p)),
-        "num_warps": 8,
-        "num_stages": 2,
-    }
+    block_c, block_d = min(64, scores >> log_block_p), max(16, min(32, (32768 // dtype.itemsize) >> log_block_p))
+    return {"BLOCK_C": block_c, "LOG_BLOCK_P": log_block_p, "BLOCK_D": block_d, "num_warps": 8, "num_stages": 2}
 
 
 def backward_blocks(dtype: torch.dtype) -> dict[str, int]:
