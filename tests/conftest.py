@@ -1,7 +1,14 @@
 """Fixtures that several rooms use."""
 
+import os
+
 import pytest
 import torch
+
+# Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before triton is first imported:
+# open_clip does that.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.models import make_backbone, make_clip
 

@@ -24,9 +24,9 @@ def topk_similarity(patches: Tensor, prompts: Tensor, k: K, *, reduce: str = "no
 
     The products are accumulated, and the patches selected, in float32 (float64 for float64 inputs) whatever the dtype
     of the inputs, and the result has that dtype. Under autocast the inputs are cast to autocast's dtype first.
-    Gradients have the dtype of their inputs. Among equal similarities the patch of the lowest index counts as the larger: every
-    implementation gives the gradient to the same patches. The gradient cannot be differentiated again, except through
-    the reference.
+    Gradients have the dtype of their inputs. Among equal similarities the patch of the lowest index counts as the
+    larger: every implementation gives the gradient to the same patches. The gradient cannot be differentiated again,
+    except through the reference.
 
     Args:
         patches: (B, P, D), the patch features of B images.

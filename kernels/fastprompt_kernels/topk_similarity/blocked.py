@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# The largest tile of the similarity. It stays in the second-level cache of current processors together with what the
-# selection makes of it, and is large enough that the cost of launching the operations of a tile does not show.
+# The largest tile of the similarity: it fits the second-level cache of server processors together with what is made of
+# it. With 1, 4 and 16 MiB, 32 images, 196 patches and 4 x 397 prompts took the same time, forward and backward.
 TILE_BYTES = 4 * 2**20
 
 
@@ -32,7 +32,8 @@ def forward(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]]) -> tup
     for images, classes in _tiles(B, C, P * dtype.itemsize):
         keys = patches[images].to(dtype).mT
         for n, scales in enumerate(k):
-            scores = prompts[n, classes].to(dtype) @ keys  # (images, classes, P)
+            # Not matmul, which picks its method by whether an input requires a gradient: compiled code knows none.
+            scores = torch.bmm(prompts[n, classes].to(dtype).expand(len(keys), -1, -1), keys)  # (images, classes, P)
             top, order = _largest(scores, scales)
             values[images, n, classes] = sum(top[..., :scale].mean(-1) for scale in scales) / S
             for level, scale in enumerate(scales, start=n * S):
@@ -44,12 +45,11 @@ def forward(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]]) -> tup
 
 def grad_patches(grad: Tensor, prompts: Tensor, selected: Tensor, k: Sequence[Sequence[int]], P: int) -> Tensor:
     """The gradient (B, P, D) in the inputs' dtype, from that of the values (B, N, C)."""
-    B, D = len(grad), prompts.shape[-1]
+    (B, N, C), D = grad.shape, prompts.shape[2]
     result = torch.zeros(B, P, D, dtype=grad.dtype, device=grad.device)
-    for images, classes in _tiles(B, prompts.shape[1], P * grad.itemsize):
-        for n, scales in enumerate(k):
-            weights = _weights(grad, selected, scales, n, images, classes, P)
-            result[images] += weights @ prompts[n, classes].to(grad.dtype)
+    for images, classes in _tiles(B, C, N * P * grad.itemsize):
+        weights = _weights(grad, selected, k, images, classes, P).flatten(0, 1)
+        result[images] += (weights @ prompts[:, classes].to(grad.dtype).flatten(0, 1)).view(-1, P, D)
     return result.to(prompts.dtype)
 
 
@@ -57,11 +57,9 @@ def grad_prompts(grad: Tensor, patches: Tensor, selected: Tensor, k: Sequence[Se
     """The gradient (N, C, D) in the inputs' dtype, from that of the values (B, N, C)."""
     (B, P, D), (_, N, C) = patches.shape, grad.shape
     result = torch.zeros(N, C, D, dtype=grad.dtype, device=grad.device)
-    for images, classes in _tiles(B, C, P * grad.itemsize):
-        rows = patches[images].to(grad.dtype).flatten(0, 1)
-        for n, scales in enumerate(k):
-            weights = _weights(grad, selected, scales, n, images, classes, P)
-            result[n, classes] += weights.flatten(0, 1).mT @ rows
+    for images, classes in _tiles(B, C, N * P * grad.itemsize):
+        weights = _weights(grad, selected, k, images, classes, P).flatten(0, 1)
+        result[:, classes] += (weights.mT @ patches[images].to(grad.dtype).flatten(0, 1)).view(N, -1, D)
     return result.to(patches.dtype)
 
 
@@ -91,13 +89,16 @@ def _largest(scores: Tensor, scales: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def _weights(
-    grad: Tensor, selected: Tensor, scales: Sequence[int], n: int, images: slice, classes: slice, P: int
+    grad: Tensor, selected: Tensor, k: Sequence[Sequence[int]], images: slice, classes: slice, P: int
 ) -> Tensor:
-    """The gradient of one tile of the similarity, (images, P, classes)."""
-    patch = torch.arange(P, device=grad.device)
+    """The gradient of the similarity of one tile, (images, P, N * classes): one matrix for the products to come."""
+    S, patch = len(k[0]), torch.arange(P, device=grad.device)
     shift = (patch % 32).int()[:, None]
-    weights = 0
-    for level, scale in enumerate(scales, start=n * len(scales)):
-        words = selected[images, level, classes].mT[:, patch // 32]
-        weights = weights + (words >> shift & 1) * (grad[images, n, None, classes] / (scale * len(scales)))
-    return weights
+    per_prompt = []
+    for n, scales in enumerate(k):
+        weights = 0
+        for level, scale in enumerate(scales, start=n * S):
+            words = selected[images, level, classes].mT[:, patch // 32]
+            weights = weights + (words >> shift & 1) * (grad[images, n, None, classes] / (scale * S))
+        per_prompt.append(weights)
+    return torch.cat(per_prompt, dim=-1)

@@ -52,6 +52,27 @@ def _largest(x, LOG_K: tl.constexpr, LOG_LENGTH: tl.constexpr):
 
 
 @triton.jit
+def _pack(flags):
+    """Flags of 0 and 1, one bit each: flag p of a row becomes bit p % 32 of its word p // 32."""
+    return tl.sum(flags.reshape(flags.shape[0], flags.shape[1] // 32, 32) << tl.arange(0, 32)[None, None, :], 2)
+
+
+@triton.jit
+def _first(words, count):
+    """The first count[row] of the bits that are set in the words of every row."""
+    ones = tl.zeros_like(words)
+    for bit in range(32):
+        ones += (words >> bit) & 1
+    room = count[:, None] - (tl.cumsum(ones, 1) - ones)
+    kept = tl.zeros_like(words)
+    for bit in range(32):
+        one = (words >> bit) & 1
+        kept |= tl.where(room > 0, one, 0) << bit
+        room -= one
+    return kept
+
+
+@triton.jit
 def _forward_kernel(
     patches, prompts, values, selected, k,
     C, P, D,
@@ -79,20 +100,19 @@ def _forward_kernel(
     top = _largest(scores, LOG_K, LOG_BLOCK_P)
     rank = tl.arange(0, 1 << LOG_K)[None, :]
     mean = tl.zeros((BLOCK_C,), tl.float32)
-    WORDS: tl.constexpr = BLOCK_P // 32
-    word = tl.arange(0, WORDS)
+    word = tl.arange(0, BLOCK_P // 32)[None, :]
     for s in tl.static_range(SCALES):
         mean += tl.sum(tl.where(rank < k[s], top, 0.0), 1) / k[s]
         last = tl.sum(tl.where(rank == k[s] - 1, top, 0.0), 1)
         chosen = ((scores >= last[:, None]) & (p < P)[None, :]).to(tl.int32)
+        bits = _pack(chosen)
         if tl.max(tl.sum(chosen, 1), 0) > k[s]:
-            # Some row has more patches equal to its last one than it may take: the first of them by index.
+            # Some row has more patches equal to its last one than it may take: it takes the first of them.
+            tied = _pack((scores == last[:, None]).to(tl.int32)) & bits
             room = k[s] - tl.sum((top > last[:, None]).to(tl.int32), 1)
-            tied = (scores == last[:, None]).to(tl.int32)
-            chosen = tl.where((tied == 1) & (tl.cumsum(tied, 1) > room[:, None]), 0, chosen)
-        bits = tl.sum((chosen << (p % 32)[None, :]).reshape(BLOCK_C, WORDS, 32), 2)
+            bits = (bits ^ tied) | _first(tied, room)
         row = selected + b * stride_selected_b + (s * C + c)[:, None] * tl.cdiv(P, 32)
-        tl.store(row + word[None, :], bits, mask=(c < C)[:, None] & (word < tl.cdiv(P, 32))[None, :])
+        tl.store(row + word, bits, mask=(c < C)[:, None] & (word < tl.cdiv(P, 32)))
     tl.store(values + b * stride_values_b + c, mean / SCALES, mask=c < C)
 
 
@@ -174,18 +194,15 @@ def why_not(device: torch.device, dtype: torch.dtype | None = None, P: int = 1) 
             return "the kernels need compute capability 8.0 or higher"
     if dtype is not None and dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the kernels take float32, float16 and bfloat16, not {dtype}"
+    if torch.version.hip and dtype == torch.float32 and P > 512:
+        return f"float32 with {P} patches needs more shared memory than ROCm devices have"
     if P > MAX_PATCHES:
         return f"the kernels take at most {MAX_PATCHES} patches, not {P}"
     return None
 
 
 def forward(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """The values and the packed selection.
-
-    Args:
-        patches: (B, P, D), P at most MAX_PATCHES.
-        prompts: (N, C, D).
-        k: for every prompt its S scales, each from 1 to P.
+    """The values and the packed selection of patches (B, P, D) for prompts (N, C, D), with the S scales of each in k.
 
     Returns:
         values (B, N, C) float32 and selected (B, N * S, C, ceil(P / 32)) int32, where bit p % 32 of word p // 32 says
@@ -215,9 +232,8 @@ def grad_patches(grad: Tensor, prompts: Tensor, selected: Tensor, k: Sequence[Se
     if result.numel() == 0:
         return result
     blocks = backward_blocks(prompts.dtype)
-    level_grad = _level_grad(grad, k)
     _grad_patches_kernel[(B * triton.cdiv(P, blocks["BLOCK_P"]), triton.cdiv(D, blocks["BLOCK_D"]))](
-        level_grad, selected, prompts, result, N, C, P, D, *prompts.stride(),
+        _level_grad(grad, k), selected, prompts, result, N, C, P, D, *prompts.stride(),
         SCALES=len(k[0]), DOT=_dot_dtype(prompts.dtype), INDEX=_index_dtype(prompts, result, selected), **blocks,
     )  # fmt: skip
     return result
@@ -230,9 +246,8 @@ def grad_prompts(grad: Tensor, patches: Tensor, selected: Tensor, k: Sequence[Se
     if result.numel() == 0:
         return result
     blocks = backward_blocks(patches.dtype)
-    level_grad = _level_grad(grad, k)
     _grad_prompts_kernel[(N * triton.cdiv(C, blocks["BLOCK_C"]), triton.cdiv(D, blocks["BLOCK_D"]))](
-        level_grad, selected, patches, result, B, N, C, P, D, *patches.stride(),
+        _level_grad(grad, k), selected, patches, result, B, N, C, P, D, *patches.stride(),
         SCALES=len(k[0]), DOT=_dot_dtype(patches.dtype), INDEX=_index_dtype(patches, result, selected), **blocks,
     )  # fmt: skip
     return result
@@ -241,17 +256,21 @@ def grad_prompts(grad: Tensor, patches: Tensor, selected: Tensor, k: Sequence[Se
 def forward_blocks(P: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes and warps of the forward kernel.
 
-    All patches of an image are in the tile, and 16384 scores are 128 registers in each of the 128 threads of 4 warps.
-    With 4 warps a row of the tile lies on 4 lanes, with 8 on twice as many, and the selection exchanges more.
+    All patches of an image are in the tile. 16384 scores are 64 registers in each thread of 8 warps, and the network
+    needs as many again: with 128 (4 warps) it spills on sm_80 and sm_100. Half of that is left where a float32 product
+    (no tensor cores, operands in registers) or more than 512 patches need more. BLOCK_D keeps the patches' block within
+    half of the 64 KiB of shared memory that gfx942 has, except for float32 above 512 patches.
     """
     log_block_p = max(5, (P - 1).bit_length())
-    block_c = min(64, max(16, 16384 >> log_block_p))
-    return {"BLOCK_C": block_c, "LOG_BLOCK_P": log_block_p, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
+    scores = 16384 if dtype.itemsize == 2 and P <= 512 else 8192
+    block_c, block_d = min(64, scores >> log_block_p), max(16, min(32, (32768 // dtype.itemsize) >> log_block_p))
+    return {"BLOCK_C": block_c, "LOG_BLOCK_P": log_block_p, "BLOCK_D": block_d, "num_warps": 8, "num_stages": 2}
 
 
 def backward_blocks(dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes and warps of both backward kernels."""
-    return {"BLOCK_C": 64, "BLOCK_P": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}
+    """Tile sizes and warps of both backward kernels: as large as the registers of every target allow."""
+    block = 64 if dtype.itemsize == 2 else 32
+    return {"BLOCK_C": block, "BLOCK_P": block, "BLOCK_D": block, "num_warps": 4, "num_stages": 2}
 
 
 def _level_grad(grad: Tensor, k: Sequence[Sequence[int]]) -> Tensor:

@@ -1,0 +1,135 @@
+"""topk_similarity inside torch: operator checks, compile, export, autocast, lazy imports."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from fastprompt_kernels import topk_similarity
+from fastprompt_kernels.testing import draw_inputs
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IMPLEMENTATIONS = ["reference", "blocked", "triton"]
+each_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before():
+    torch.compiler.reset()
+
+
+def make_inputs(B=2, requires_grad=True):
+    inputs = draw_inputs((B, 9, 2, 3, 8), [[2, 3], [1, 20]], torch.float32, device=DEVICE)
+    return inputs.patches.requires_grad_(requires_grad), inputs.prompts.requires_grad_(requires_grad), inputs.grad
+
+
+@pytest.mark.parametrize(("impl", "dtype"), [("blocked", torch.float32), ("triton", torch.bfloat16)])
+def test_opcheck(impl, dtype):
+    patches, prompts, grad = make_inputs()
+    patches, prompts = (tensor.detach().to(dtype).requires_grad_() for tensor in (patches, prompts))
+    k = [2, 3, 1, 9]
+    _, selected = torch.ops.fastprompt.topk_similarity(patches, prompts, k, impl)
+    torch.library.opcheck(torch.ops.fastprompt.topk_similarity.default, (patches, prompts, k, impl))
+    patches, prompts = patches.detach(), prompts.detach()
+    of_patches = torch.ops.fastprompt.topk_similarity_grad_patches.default
+    torch.library.opcheck(of_patches, (grad, prompts, selected, k, 9, impl))
+    of_prompts = torch.ops.fastprompt.topk_similarity_grad_prompts.default
+    torch.library.opcheck(of_prompts, (grad, patches, selected, k, impl))
+
+
+@each_implementation
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_equals_eager(impl, dynamic):
+    def scores(patches, prompts):
+        return 100 * topk_similarity(patches, prompts, [[2, 3], [1, 20]], reduce="mean", impl=impl)
+
+    compiled = torch.compile(scores, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for B in (2, 3):
+        patches, prompts, grad = make_inputs(B)
+        expected, actual = scores(patches, prompts), compiled(patches, prompts)
+        assert torch.equal(actual, expected)
+        for left, right in zip(
+            torch.autograd.grad(actual, (patches, prompts), grad[:, 0]),
+            torch.autograd.grad(expected, (patches, prompts), grad[:, 0]),
+            strict=True,
+        ):
+            assert torch.equal(left, right)
+
+
+def test_compiled_by_inductor_equals_eager():
+    patches, prompts, grad = make_inputs()
+    values = torch.compile(topk_similarity, fullgraph=True)(patches, prompts, 3)
+    expected = topk_similarity(patches, prompts, 3)
+    assert torch.equal(values, expected)
+    for left, right in zip(
+        torch.autograd.grad(values, (patches, prompts), grad),
+        torch.autograd.grad(expected, (patches, prompts), grad),
+        strict=True,
+    ):
+        assert torch.equal(left, right)
+
+
+@each_implementation
+def test_exported_equals_eager(impl):
+    class Scores(torch.nn.Module):
+        def forward(self, patches, prompts):
+            return topk_similarity(patches, prompts, 3, impl=impl)
+
+    patches, prompts, _ = make_inputs(requires_grad=False)
+    exported = torch.export.export(Scores(), (patches, prompts))
+    assert torch.equal(exported.module()(patches, prompts), topk_similarity(patches, prompts, 3, impl=impl))
+
+
+@each_implementation
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_casts_the_inputs_and_nothing_inside(impl, compiled):
+    patches, prompts, grad = make_inputs()
+    function = torch.compile(topk_similarity, fullgraph=True, backend="aot_eager") if compiled else topk_similarity
+    expected = topk_similarity(patches.bfloat16(), prompts.bfloat16(), 3, impl=impl)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        values = function(patches, prompts, 3, impl=impl)
+        assert torch.equal(values, expected)
+        # The gradient of the reference is autograd's own, which obeys autocast.
+        if impl != "reference":
+            gradients = torch.autograd.grad(values, (patches, prompts), grad)
+            assert all(map(torch.equal, gradients, torch.autograd.grad(expected, (patches, prompts), grad)))
+
+
+def test_autocast_leaves_float64_alone():
+    patches, prompts, _ = (tensor.double() for tensor in make_inputs())
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(topk_similarity(patches, prompts, 3), topk_similarity(patches, prompts, 3, impl="blocked"))
+
+
+ON_ITS_OWN = """
+import json, sys
+import torch
+import fastprompt_kernels, fastprompt_kernels.testing
+after_import = {"triton": "triton" in sys.modules, "device": torch.cuda.is_initialized()}
+patches, prompts = torch.ones(1, 4, 8), torch.ones(1, 2, 8)
+values = fastprompt_kernels.topk_similarity(patches, prompts, 2)
+try:
+    fastprompt_kernels.topk_similarity(patches, prompts, 2, impl="triton")
+except ValueError as error:
+    message = str(error)
+print(json.dumps({**after_import, "values": values.tolist(), "message": message,
+                  "available": fastprompt_kernels.available_implementations("cpu")}))
+"""
+
+
+def test_without_a_gpu_triton_is_neither_imported_nor_used():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.run(
+        [sys.executable, "-c", ON_ITS_OWN], env=environment, capture_output=True, text=True, check=True
+    )
+    report = json.loads(process.stdout)
+    reason = "the kernels run on CUDA and ROCm devices, not on cpu"
+    assert report == {
+        "triton": False,
+        "device": False,
+        "values": [[[8.0, 8.0]]],
+        "message": f"impl='triton' cannot run here: {reason}",
+        "available": {"reference": "usable", "blocked": "usable", "triton": reason},
+    }
