@@ -24,7 +24,8 @@ repeatable = settings(
 def inputs_strategy(draw: st.DrawFn) -> Inputs:
     B, P, N = draw(st.integers(0, 3)), draw(st.integers(1, 300)), draw(st.integers(1, 5))
     C, D, S = draw(st.integers(1, 70)), draw(st.integers(8, 128)), draw(st.integers(1, 3))
-    row = st.lists(st.integers(1, P + 10) | st.integers(1, 20), min_size=S, max_size=S)
+    k = st.integers(1, P + 10) | st.integers(1, 20)
+    row = st.lists(k, min_size=S, max_size=S) | st.lists(k, min_size=1, max_size=1)  # as many scales each, or one
     return draw_inputs(
         (B, P, N, C, D),
         draw(st.lists(row, min_size=N, max_size=N)),

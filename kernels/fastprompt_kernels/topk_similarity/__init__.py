@@ -1,6 +1,7 @@
 """topk_similarity: the mean similarity of a prompt to the image patches that are most like it."""
 
 from collections.abc import Sequence
+from math import lcm
 from operator import index
 
 import torch
@@ -31,8 +32,8 @@ def topk_similarity(patches: Tensor, prompts: Tensor, k: K, *, reduce: str = "no
     Args:
         patches: (B, P, D), the patch features of B images.
         prompts: (N, C, D), the text features of C classes under N prompts.
-        k: how many patches count: one int, one int per prompt, or one equally long sequence of ints per prompt (its
-            scales, whose means are averaged). A k larger than P means all P patches.
+        k: how many patches count: one int, one int per prompt, or one sequence of ints per prompt (its scales, whose
+            means are averaged). A k larger than P means all P patches.
         reduce: "none", or "mean" to average over the prompts as well.
         impl: "reference" (plain torch, the definition), "blocked" (plain torch, bounded memory, any device), "triton"
             (fused kernels: CUDA and ROCm, float32, float16 and bfloat16, P up to 1024), or "auto": triton where it can
@@ -96,15 +97,17 @@ def _checked(patches: Tensor, prompts: Tensor, k: K) -> list[list[int]]:
 
 
 def _scales(k: K, N: int) -> list[list[int]]:
-    """The argument k as one list of scales per prompt."""
-    expected = f"k must be an int, {N} ints or {N} equally long sequences of ints (one per prompt), got {k!r}"
+    """The argument k as one list of scales per prompt, all equally long."""
+    expected = f"k must be an int, {N} ints or {N} sequences of ints (one per prompt), got {k!r}"
     try:
         rows = [k] * N if isinstance(k, int) else list(k)
         scales = [[row] if isinstance(row, int) else [index(scale) for scale in row] for row in rows]
     except TypeError as error:
         raise TypeError(expected) from error
-    if len(scales) != N or len({len(row) for row in scales}) != 1 or not scales[0]:
+    if len(scales) != N or not all(scales):
         raise ValueError(expected)
     if min(min(row) for row in scales) < 1:
         raise ValueError(f"k must be at least 1, got {k!r}")
-    return scales
+    # Repeating all scales of a prompt leaves their mean as it is.
+    length = lcm(*map(len, scales))
+    return [row * (length // len(row)) for row in scales]
