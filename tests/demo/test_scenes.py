@@ -26,7 +26,7 @@ def test_one_seed_gives_one_picture(style):
     assert not np.array_equal(first, other)
 
 
-@pytest.mark.parametrize("style", scenes.STYLES)
+@pytest.mark.parametrize("style", ("photo", *scenes.DOMAINS))  # a blur would spread it
 def test_the_object_is_inside_its_box_and_nowhere_else(style):
     for seed in range(3):
         pixels = []
@@ -38,7 +38,7 @@ def test_the_object_is_inside_its_box_and_nowhere_else(style):
         outside = differs.copy()
         outside[top:bottom, left:right] = False
         assert differs.sum() > (100 if style == "drawing" else 0.8 * math.pi * 17**2)
-        assert outside.sum() <= (60 if style == "blurry" else 0)
+        assert not outside.any()
 
 
 def test_the_class_lists_are_disjoint_and_complete():
