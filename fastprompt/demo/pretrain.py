@@ -1,0 +1,205 @@
+"""Trains the demo's small CLIP on rendered scenes: `python -m fastprompt.demo.pretrain`.
+
+An ordinary CLIP (vision transformer with a class token, causal text transformer, symmetric contrastive loss) on the
+pictures and captions of `fastprompt.demo.captions`. To make it affordable on one CPU core, the first steps show only a
+window of 4 x 4 of the 8 x 8 patches around the named object, later ones 6 x 6, the last ones the whole picture (a crop
+that keeps the position embeddings of the patches it shows); of the token embeddings only those in use are trained.
+
+Disjoint from the demo's test data: pretraining never renders the 64 combinations of colour, texture and shape that are
+the demo's classes, nor an unknown shape, colour or texture, and all its random generators have seeds of their own. The
+script is deterministic for one version of torch, one processor and one number of threads.
+"""
+
+import dataclasses
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from open_clip import SimpleTokenizer
+from open_clip.model import CLIP
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy, normalize
+from tqdm import trange
+
+from fastprompt.backbone.demo_model import FOLDER, MEAN, STD, save_demo_clip
+from fastprompt.demo.captions import all_words, caption
+from fastprompt.demo.pretraining_pool import GRID, PRETRAINING_SEED, Pool, cut_patches, mirror, render_pool, windows
+from fastprompt.demo.scenes import DEMO_CLASSES, IMAGE_SIZE, demo_scene, render
+
+logger = logging.getLogger(__name__)
+
+MODEL = {
+    "embed_dim": 128,
+    "vision_cfg": {"image_size": IMAGE_SIZE, "patch_size": 16, "width": 128, "layers": 5, "head_width": 32},
+    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 3},
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the demo's CLIP is trained."""
+
+    images: int = 40_000
+    """Pictures in the pool."""
+    steps: int = 3000
+    batch: int = 256
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: int = 100
+    """Steps over which the learning rate rises; a cosine to zero follows."""
+    window_sides: tuple[int, ...] = (4, 6, 8)
+    window_ends: tuple[float, ...] = (0.6, 0.8, 1.0)
+    """Up to which part of the steps each window side is used."""
+    threads: int = 1
+    out: Path = FOLDER
+
+
+def encode_patches(model: CLIP, patches: Tensor, index: Tensor) -> Tensor:
+    """Image features (B, D), L2-normalised, of uint8 patches (B, n, pixels) at the places `index` (B, n) of the grid.
+
+    With all patches this is `model.encode_image`.
+    """
+    mean, std = (torch.tensor(v).repeat(patches.shape[2] // 3) for v in (MEAN, STD))
+    visual = model.visual
+    x = (patches / 255 - mean) / std @ visual.conv1.weight.permute(2, 3, 1, 0).flatten(0, 2)
+    x = x + visual.positional_embedding[1:][index]
+    first = (visual.class_embedding + visual.positional_embedding[0]).expand(len(x), 1, -1)
+    x = visual.transformer(visual.ln_pre(torch.cat([first.to(x.dtype), x], 1)))
+    return normalize((visual.ln_post(x[:, 0]) @ visual.proj).float(), dim=-1)
+
+
+def encode_text(model: CLIP, tokens: Tensor) -> Tensor:
+    """Text features (B, D), L2-normalised; positions behind the last end of text are not computed."""
+    ends = tokens.argmax(-1)
+    length = int(ends.max()) + 1
+    x = model.token_embedding(tokens[:, :length]) + model.positional_embedding[:length]
+    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
+    return normalize((x[torch.arange(len(x)), ends] @ model.text_projection).float(), dim=-1)
+
+
+class Vocabulary:
+    """The ordinary CLIP tokenizer, with the ids of the tokens in use numbered from 0 in their order."""
+
+    def __init__(self) -> None:
+        self._tokenizer = SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])
+        self.rows = torch.unique(self._tokenizer(all_words()))  # (V,) ids; the end of text stays the largest
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """Token numbers (B, context length)."""
+        ids = self._tokenizer(texts)
+        numbers = torch.searchsorted(self.rows, ids)
+        if not torch.equal(self.rows[numbers.clamp(max=len(self.rows) - 1)], ids):
+            raise ValueError("a caption has a word that fastprompt.demo.captions.all_words does not list")
+        return numbers
+
+
+def build(vocabulary: Vocabulary) -> CLIP:
+    """A CLIP with random weights whose token embedding has only the vocabulary's rows."""
+    model = CLIP(**MODEL)
+    embedding = torch.nn.Embedding(len(vocabulary.rows), MODEL["text_cfg"]["width"])
+    embedding.weight.data.copy_(model.token_embedding.weight.data[vocabulary.rows])
+    model.token_embedding = embedding
+    return model
+
+
+def _learning_rate(step: int, settings: Settings) -> float:
+    cosine = 0.5 + 0.5 * math.cos(math.pi * step / settings.steps)
+    return settings.learning_rate * min(1.0, (step + 1) / settings.warmup) * cosine
+
+
+def _window_side(step: int, settings: Settings) -> int:
+    part = step / settings.steps
+    return next(s for s, end in zip(settings.window_sides, settings.window_ends, strict=True) if part < end)
+
+
+def _optimizer(model: CLIP, settings: Settings) -> torch.optim.Optimizer:
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6)
+
+
+def contrastive_loss(
+    model: CLIP, vocabulary: Vocabulary, pool: Pool, side: int, batch: int, rng: np.random.Generator
+) -> Tensor:
+    """CLIP's loss on a random batch: fresh captions, windows of `side` patches, every other batch mirrored."""
+    ids = rng.choice(len(pool.scenes), batch, replace=False)
+    index = windows(pool.centres[ids], side, rng)
+    patches = pool.patches[torch.from_numpy(ids)[:, None], index]
+    if rng.random() < 0.5:
+        patches, index = mirror(patches, index)
+    tokens = vocabulary([caption(pool.scenes[i], rng) for i in ids])
+    # Plain attention: the fused CPU kernel takes twice as long backward on so few tokens.
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        images, texts = encode_patches(model, patches, index), encode_text(model, tokens)
+    logits = model.logit_scale.exp() * images @ texts.T
+    labels = torch.arange(batch)
+    return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
+
+
+def train(model: CLIP, vocabulary: Vocabulary, pool: Pool, settings: Settings) -> None:
+    """Trains the model in place."""
+    optimizer = _optimizer(model, settings)
+    rng = np.random.default_rng((PRETRAINING_SEED, len(pool.scenes)))
+    progress = trange(settings.steps, desc="pretraining", unit="step")
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(step, settings)
+        loss = contrastive_loss(model, vocabulary, pool, _window_side(step, settings), settings.batch, rng)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.logit_scale.data.clamp_(0, math.log(100))
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}", scale=f"{model.logit_scale.exp().item():.0f}")
+
+
+@torch.no_grad()
+def zero_shot_accuracy(model: CLIP, vocabulary: Vocabulary, repeats: int = 16) -> float:
+    """Accuracy of "a photo of a {class}" on fresh pictures of the demo's classes, which pretraining never showed."""
+    texts = encode_text(model, vocabulary([f"a photo of a {spec.name}" for spec in DEMO_CLASSES]))
+    everything = torch.arange(GRID * GRID).expand(repeats, -1)
+    correct = 0
+    for label, spec in enumerate(DEMO_CLASSES):
+        rngs = [np.random.default_rng((PRETRAINING_SEED, label, repeat)) for repeat in range(repeats)]
+        pixels = np.stack([np.asarray(render(demo_scene(spec, "photo", rng), rng)[0]) for rng in rngs])
+        images = encode_patches(model, torch.from_numpy(cut_patches(pixels)), everything)
+        correct += int(((images @ texts.T).argmax(1) == label).sum())
+    return correct / (repeats * len(DEMO_CLASSES))
+
+
+def main(settings: Settings) -> None:
+    """Renders, trains, measures and saves."""
+    torch.manual_seed(0)
+    torch.set_num_threads(settings.threads)
+    started = time.perf_counter()
+    pool = render_pool(settings.images, settings.threads)
+    rendered = time.perf_counter()
+    vocabulary = Vocabulary()
+    model = build(vocabulary)
+    train(model, vocabulary, pool, settings)
+    trained = time.perf_counter()
+    accuracy = zero_shot_accuracy(model.eval(), vocabulary)
+    facts = {
+        "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "out"},
+        "pretraining_combinations": len({s for scene in pool.scenes for s in scene.objects}),
+        "pairs_seen": settings.steps * settings.batch,
+        "seconds_rendering": round(rendered - started, 1),
+        "seconds_training": round(trained - rendered, 1),
+        "torch_threads": settings.threads,
+        "zero_shot_accuracy": round(accuracy, 4),
+        "zero_shot_classes": len(DEMO_CLASSES),
+    }
+    save_demo_clip(settings.out, MODEL, model.state_dict(), vocabulary.rows, facts)
+    logger.info("saved to %s: %s", settings.out, facts)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main(tyro.cli(Settings))
