@@ -13,16 +13,16 @@ def pretraining_scene(rng: np.random.Generator) -> Scene:
     """One or two objects of any size, in any style, with any amount of clutter."""
     count = 1 if rng.random() < 0.7 else 2
     objects = tuple(PRETRAIN_CLASSES[i] for i in rng.choice(len(PRETRAIN_CLASSES), count, replace=False))
-    widths = tuple(int(v) for v in np.exp(rng.uniform(np.log(26), np.log(90 if count == 1 else 56), count)))
+    widths = tuple(int(v) for v in np.exp(rng.uniform(np.log(28), np.log(60), count)))
     style = str(rng.choice(STYLES, p=_STYLE_ODDS))
     kinds = tuple(map(str, rng.choice(CLUTTER, rng.choice(3, p=(0.25, 0.4, 0.35)), replace=False)))
     return Scene(objects, widths, style, kinds, int(rng.integers(6, 40)))
 
 
 def _size_word(width: int) -> str:
-    if width < 38:
+    if width < 36:
         return "tiny"
-    return "small" if width < 54 else "large"
+    return "small" if width < 48 else "large"
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
@@ -36,7 +36,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 def _words(scene: Scene, rng: np.random.Generator) -> str:
     name, width = scene.objects[0].name, scene.widths[0]
-    tidy = scene.style == "photo" and width >= 45 and scene.amount * len(scene.clutter) < 40
+    tidy = scene.style == "photo" and width >= 42 and scene.amount * len(scene.clutter) < 40
     if rng.random() < (0.6 if tidy else 0.2):
         return _GENERIC[rng.integers(len(_GENERIC))].format(name)
     words = f"a {_size_word(width)} {name}" if rng.random() < 0.6 else f"a {name}"

@@ -20,7 +20,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "yellow": (240, 215, 40),
 }
 TEXTURES = ("checkered", "dotted", "plain", "striped")
-SHAPES = ("circle", "cross", "heart", "moon", "ring", "square", "star", "triangle")
+SHAPES = ("circle", "cross", "moon", "ring", "star", "triangle")
 
 # Never in a class list and never named in a pretraining caption.
 UNKNOWN_COLOURS: dict[str, tuple[int, int, int]] = {
@@ -28,11 +28,12 @@ UNKNOWN_COLOURS: dict[str, tuple[int, int, int]] = {
     "gray": (135, 135, 135),
     "white": (240, 240, 240),
 }
-UNKNOWN_SHAPES = ("arrow", "bolt", "hexagon", "hourglass")
+UNKNOWN_SHAPES = ("arrow", "bolt", "heart", "hourglass", "square")
 UNKNOWN_TEXTURES = ("framed", "zigzag")
 
 CLUTTER = ("bubbles", "confetti", "leaves", "pebbles", "sticks")
 INK = (60, 60, 60)
+RIM = (30, 28, 36)  # of objects that are not drawn in ink
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,6 @@ OUTLINES: dict[str, np.ndarray] = {
     "triangle": 1.1 * _regular(3) + [0, 0.2],
     "arrow": np.array(_ARROW),
     "bolt": np.array(_BOLT),
-    "hexagon": _regular(6),
     "hourglass": np.array([(-0.8, -1), (0.8, -1), (0.15, 0), (0.8, 1), (-0.8, 1), (-0.15, 0)]),
 }
 _HOLE = 0.5  # inner radius of a ring
@@ -112,8 +112,8 @@ def jitter(colour: tuple[int, int, int], rng: np.random.Generator, spread: float
 def draw_object(
     canvas: Image.Image, spec: ObjectSpec, centre: tuple[int, int], width: int, drawing: bool, rng: np.random.Generator
 ) -> None:
-    """Draws the object on the canvas, `width` pixels wide (about: shapes differ), turned by up to 20 degrees."""
-    angle = math.radians(rng.uniform(-20, 20))
+    """Draws the object on the canvas, `width` pixels wide (about: shapes differ), turned by up to 10 degrees."""
+    angle = math.radians(rng.uniform(-10, 10))
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     side = int(width * 1.3)
     points = [tuple(p) for p in OUTLINES[spec.shape] @ turn * width / 2 + side / 2]
@@ -130,13 +130,12 @@ def draw_object(
     # In a drawing the inside is paper; the pattern and the outline are coloured ink.
     tones = np.where(second[..., None], first, light) if drawing else np.where(second[..., None], light, first)
     picture = Image.fromarray(tones.astype(np.uint8))
-    if drawing:
-        ink = tuple(int(v) for v in first)
-        pen = ImageDraw.Draw(picture)
-        pen.line([*points, points[0], points[1]], fill=ink, width=5)
-        if hole:
-            pen.line([*hole, hole[0], hole[1]], fill=ink, width=5)
-    canvas.paste(picture, (centre[0] - side // 2, centre[1] - side // 2), mask)
+    rim = tuple(int(v) for v in first) if drawing else RIM
+    pen = ImageDraw.Draw(picture)
+    for outline in (points, hole) if hole else (points,):
+        pen.line([*outline, outline[0], outline[1]], fill=rim, width=max(8, width // 8))
+    corner = (centre[0] - side // 2, centre[1] - side // 2)
+    canvas.paste(picture, corner, mask)
 
 
 def _earthy(kind: str, rng: np.random.Generator) -> tuple[int, ...]:

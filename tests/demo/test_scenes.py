@@ -46,7 +46,7 @@ def test_the_class_lists_are_disjoint_and_complete():
     assert len(names) == len(set(names)) == 64
     assert names == sorted(names)  # the order that a folder of class folders gives
     assert not set(scenes.DEMO_CLASSES) & set(scenes.PRETRAIN_CLASSES)
-    assert len(scenes.PRETRAIN_CLASSES) == 192
+    assert len(scenes.PRETRAIN_CLASSES) == 128
     rng = np.random.default_rng(0)
     unknown = [scenes.unknown_object(rng) for _ in range(200)]
     assert not {spec.shape for spec in unknown} & {spec.shape for spec in scenes.DEMO_CLASSES + scenes.PRETRAIN_CLASSES}
