@@ -69,7 +69,7 @@ def unknown_object(rng: np.random.Generator) -> ObjectSpec:
 def demo_scene(spec: ObjectSpec, style: str, rng: np.random.Generator) -> Scene:
     """The downstream corner: a small object in heavy clutter of two kinds."""
     kinds = rng.choice(CLUTTER, 2, replace=False)
-    return Scene((spec,), (int(rng.integers(28, 41)),), style, tuple(map(str, kinds)), int(rng.integers(24, 40)))
+    return Scene((spec,), (int(rng.integers(24, 35)),), style, tuple(map(str, kinds)), int(rng.integers(40, 61)))
 
 
 def _background(style: str, rng: np.random.Generator) -> Image.Image:
@@ -122,7 +122,7 @@ def render(scene: Scene, rng: np.random.Generator) -> tuple[Image.Image, tuple[i
 
 
 def write_dataset(
-    root: Path, seed: int = 0, train: int = 32, test: int = 16, domain_test: int = 8, ood: int = 512
+    root: Path, seed: int = 0, train: int = 24, test: int = 24, domain_test: int = 12, ood: int = 480
 ) -> Path:
     """Renders the downstream data set as folders of JPEG files; the same arguments write the same pictures.
 
