@@ -178,11 +178,12 @@ def batch_loss(
     return _contrast(scale * images @ texts.T) + settings.patch_weight * _contrast(scale * best)
 
 
-def train(model: CLIP, vocabulary: Vocabulary, pool: Pool, settings: Settings) -> None:
-    """Trains the model in place."""
+def train(model: CLIP, vocabulary: Vocabulary, pool: Pool, settings: Settings) -> list[float]:
+    """Trains the model in place; returns the loss of each step."""
     optimizers = _optimizers(model, settings)
     rates = (settings.block_learning_rate, settings.learning_rate)
     rng = np.random.default_rng((PRETRAINING_SEED, len(pool.scenes)))
+    losses = []
     progress = trange(settings.steps, desc="pretraining", unit="step")
     for step in progress:
         for optimizer, rate in zip(optimizers, rates, strict=True):
@@ -194,8 +195,10 @@ def train(model: CLIP, vocabulary: Vocabulary, pool: Pool, settings: Settings) -
         for optimizer in optimizers:
             optimizer.step()
         model.logit_scale.data.clamp_(0, math.log(100))
+        losses.append(loss.item())
         if step % 20 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}", scale=f"{model.logit_scale.exp().item():.0f}")
+            progress.set_postfix(loss=f"{losses[-1]:.3f}", scale=f"{model.logit_scale.exp().item():.0f}")
+    return losses
 
 
 @torch.no_grad()
