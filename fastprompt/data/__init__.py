@@ -8,7 +8,7 @@ from fastprompt.data.few_shot import few_shot, select_classes
 from fastprompt.data.images import Dataset, LabelledImages
 from fastprompt.data.load import load_dataset
 from fastprompt.data.reading import find_images, load_image, read_batch
-from fastprompt.data.transforms import ImageTransform, test_transform, train_transform
+from fastprompt.data.transforms import ImageTransform
 
 __all__ = [
     "CachedFeatures",
@@ -23,6 +23,4 @@ __all__ = [
     "load_image",
     "read_batch",
     "select_classes",
-    "test_transform",
-    "train_transform",
 ]

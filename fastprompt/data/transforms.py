@@ -1,7 +1,6 @@
 """From a PIL picture to the (3, S, S) tensor that an image tower reads."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,20 +96,6 @@ class ImageTransform:
         # Divided, as open_clip does: tv.to_dtype multiplies by 1/255, which differs in the last bit.
         pixels = tv.pil_to_tensor(image).float().div(255)
         return tv.normalize(pixels, list(self.mean), list(self.std))
-
-
-def test_transform(
-    image_size: int, mean: Sequence[float], std: Sequence[float], interpolation: str = "bicubic"
-) -> ImageTransform:
-    """Return CLIP's evaluation transform: deterministic, equal to open_clip's own."""
-    return ImageTransform(image_size, tuple(mean), tuple(std), interpolation)
-
-
-def train_transform(
-    image_size: int, mean: Sequence[float], std: Sequence[float], interpolation: str = "bicubic"
-) -> ImageTransform:
-    """Return the augmenting transform of CoOp and GalLoP: random resized crop and horizontal flip."""
-    return ImageTransform(image_size, tuple(mean), tuple(std), interpolation, augment=True)
 
 
 def _crop_box(height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:

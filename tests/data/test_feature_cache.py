@@ -4,13 +4,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastprompt.data import FeatureCache, default_cache_dir, feature_cache, load_image, test_transform, train_transform
+from fastprompt.data import FeatureCache, ImageTransform, default_cache_dir, feature_cache, load_image
 from fastprompt.errors import InputError
 from tests.data.images_on_disk import write_image
 
-test_transform.__test__ = False  # a transform of the test split, not a test
 HALF = (0.5, 0.5, 0.5)
-TRANSFORM = test_transform(4, HALF, HALF)
+TRANSFORM = ImageTransform(4, HALF, HALF)
 
 
 class CountingEncoder:
@@ -198,7 +197,7 @@ def test_rows_come_from_mapped_files_not_from_memory(load, paths, tmp_path):
 def test_bad_arguments(tmp_path, paths):
     cache = FeatureCache(tmp_path / "cache", "key")
     with pytest.raises(InputError, match="the transform is random"):
-        cache.load(paths, encode, train_transform(4, HALF, HALF))
+        cache.load(paths, encode, ImageTransform(4, HALF, HALF, augment=True))
     with pytest.raises(InputError, match="expected at least one image, got none"):
         cache.load([], encode, TRANSFORM)
     with pytest.raises(InputError, match=r"image .*none.png: cannot be read \(No such file or directory\)"):

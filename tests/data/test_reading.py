@@ -3,11 +3,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fastprompt.data import find_images, load_image, read_batch, test_transform, train_transform
+from fastprompt.data import ImageTransform, find_images, load_image, read_batch
 from fastprompt.errors import InputError
 from tests.data.images_on_disk import write_image
 
-test_transform.__test__ = False  # a transform of the test split, not a test
 HALF = (0.5, 0.5, 0.5)
 
 
@@ -58,13 +57,13 @@ def test_find_images_takes_image_files_only(tmp_path, paths):
 
 
 def test_batches_keep_the_order_of_paths(paths):
-    transform = test_transform(8, HALF, HALF)
+    transform = ImageTransform(8, HALF, HALF)
     batch = read_batch(paths[::-1], transform, workers=3)
     assert torch.equal(batch, torch.stack([transform(load_image(path)) for path in paths[::-1]]))
 
 
 def test_augmented_batches_depend_on_the_generator_alone(paths):
-    transform = train_transform(8, HALF, HALF)
+    transform = ImageTransform(8, HALF, HALF, augment=True)
     generator = torch.Generator().manual_seed(7)
     first, second = (read_batch(paths, transform, generator=generator, workers=1) for _ in range(2))
     assert not torch.equal(first, second)
@@ -76,4 +75,4 @@ def test_augmented_batches_depend_on_the_generator_alone(paths):
 def test_an_unreadable_image_in_a_batch_is_named(paths):
     paths[3].write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"3.png: cannot be read as an image"):
-        read_batch(paths, test_transform(8, HALF, HALF))
+        read_batch(paths, ImageTransform(8, HALF, HALF))

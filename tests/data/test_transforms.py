@@ -5,10 +5,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import ToTensor, v2
 
-from fastprompt.data import ImageTransform, test_transform, train_transform
+from fastprompt.data import ImageTransform
 from fastprompt.errors import InputError
 
-test_transform.__test__ = False  # a transform of the test split, not a test
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
 
@@ -26,8 +25,18 @@ def generator(seed):
 def test_equals_open_clips_evaluation_transform(width, height, interpolation):
     theirs = open_clip.image_transform(32, is_train=False, mean=MEAN, std=STD, interpolation=interpolation)
     image = picture(width, height)
-    ours = test_transform(32, MEAN, STD, interpolation)(image)
+    ours = ImageTransform(32, MEAN, STD, interpolation)(image)
     torch.testing.assert_close(ours, theirs(image), rtol=0, atol=0)
+
+
+def test_squashing_equals_open_clips():
+    theirs = open_clip.image_transform(32, is_train=False, mean=MEAN, std=STD, resize_mode="squash")
+    image = picture(97, 61)
+    ours = ImageTransform(32, MEAN, STD, resize_mode="squash")
+    torch.testing.assert_close(ours(image), theirs(image), rtol=0, atol=0)
+    assert ours.description != ImageTransform(32, MEAN, STD).description
+    with pytest.raises(InputError, match="resize_mode: expected one of"):
+        ImageTransform(32, MEAN, STD, resize_mode="stretch")
 
 
 @pytest.mark.parametrize("width, height", [(97, 61), (40, 130), (200, 20), (20, 200), (3, 2)])
@@ -42,7 +51,7 @@ def test_augmentation_equals_torchvisions_for_the_same_stream(width, height):
             v2.Normalize(MEAN, STD),
         ]
     )
-    ours, image = train_transform(32, MEAN, STD), picture(width, height)
+    ours, image = ImageTransform(32, MEAN, STD, augment=True), picture(width, height)
     for seed in range(20):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -52,18 +61,18 @@ def test_augmentation_equals_torchvisions_for_the_same_stream(width, height):
 
 def test_augmentation_leaves_the_global_generator_alone():
     state = torch.get_rng_state()
-    train_transform(32, MEAN, STD)(picture(50, 40), generator(3))
+    ImageTransform(32, MEAN, STD, augment=True)(picture(50, 40), generator(3))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_augmentation_needs_a_generator():
     with pytest.raises(InputError, match=r"needs a torch.Generator, got None"):
-        train_transform(32, MEAN, STD)(picture(50, 40))
+        ImageTransform(32, MEAN, STD, augment=True)(picture(50, 40))
 
 
 def test_only_the_test_transform_is_deterministic():
-    assert test_transform(32, MEAN, STD).deterministic
-    assert not train_transform(32, MEAN, STD).deterministic
+    assert ImageTransform(32, MEAN, STD).deterministic
+    assert not ImageTransform(32, MEAN, STD, augment=True).deterministic
 
 
 def test_descriptions_differ_where_transforms_do():
@@ -76,7 +85,7 @@ def test_descriptions_differ_where_transforms_do():
         ImageTransform(32, MEAN, STD, augment=True),
     ]
     assert len({transform.description for transform in [one, *others]}) == 6
-    assert test_transform(32, list(MEAN), list(STD)).description == one.description
+    assert ImageTransform(32, list(MEAN), list(STD)).description == one.description
 
 
 @pytest.mark.parametrize(
