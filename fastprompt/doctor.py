@@ -8,6 +8,8 @@ import open_clip
 import torch
 from fastprompt_kernels import available_implementations
 
+from fastprompt.backbone.image_towers import image_tower
+from fastprompt.backbone.text import TextTower
 from fastprompt.data import default_cache_dir
 from fastprompt.errors import InputError
 from fastprompt.training.environment import environment
@@ -17,7 +19,7 @@ def examine(backbone: str | None = None) -> str:
     """A page of plain text: versions, devices, implementations of the kernels, the cache, and one backbone.
 
     Args:
-        backbone: open_clip architecture to describe from its configuration; nothing is loaded.
+        backbone: open_clip architecture to describe; nothing is downloaded.
     """
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     sections = [("environment", {key: value for key, value in environment().items() if value is not None})]
@@ -45,19 +47,27 @@ def _cache_facts() -> dict[str, object]:
 
 
 def _backbone_facts(name: str) -> dict[str, object]:
-    config = open_clip.get_model_config(name)
-    if config is None:
+    """What the towers of an architecture say of themselves, built without memory for their weights."""
+    if name not in open_clip.list_models():
         raise InputError(f"backbone {name!r} is not an architecture of open_clip: open_clip.list_models() lists them")
-    text = config["text_cfg"]
-    if "hf_model_name" in text:
-        prompts = "not supported: the text tower is a Hugging Face model"
-    elif text.get("no_causal_mask"):
-        prompts = "at full length: the text tower is not causal, so prefixes cannot be shared"
-    else:
-        prompts = "by shared prefix and packed names (exact: the text tower is causal)"
+    config = open_clip.get_model_config(name)
+    try:
+        with torch.device("meta"):
+            model = open_clip.create_model(name, device="meta", load_weights=False, pretrained_text=False)
+            images = image_tower(model.visual, _side(open_clip.get_model_preprocess_cfg(model)["size"]))
+            text = TextTower(model, start_of_text=None, padding=0)
+    except (InputError, RuntimeError) as error:
+        return {"not supported": error}
+    shared = "by shared prefix and packed names (exact: the text tower is causal)"
+    full = "at full length: the text tower is not causal, so prefixes cannot be shared"
     return {
-        "prompts are encoded": prompts,
-        "context length": text.get("context_length", 77),
+        "prompts are encoded": shared if text.shares_prefix else full,
+        "context length": text.context_length,
+        "patches": "{} x {}, {} wide".format(*images.patch_grid, images.patch_width),
         "activation": "QuickGELU" if config.get("quick_gelu") else "GELU",
         "pretrained tags": ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none",
     }
+
+
+def _side(size: int | tuple[int, int]) -> int:
+    return size if isinstance(size, int) else size[0]

@@ -106,6 +106,10 @@ class Backbone(nn.Module):
         """Class names as packed tokens. CoOp's family appends ``suffix="."``; GalLoP appends nothing."""
         return tokenize_class_names(class_names, suffix, self.tokenizer.encode, self.tokenizer.end_of_text)
 
+    def check_fits(self, context_tokens: int, class_tokens: ClassTokens) -> None:
+        """Raise ``InputError`` that names the longest class if it does not fit behind that many context tokens."""
+        self._text.check_fits(context_tokens, class_tokens)
+
     def embed_words(self, words: str) -> Tensor:
         """Token embeddings (M, W) in float32 of the M tokens of ``words``: the usual start of a learned context."""
         ids = torch.tensor(self.tokenizer.encode(words), dtype=torch.long)

@@ -92,6 +92,7 @@ class Packing:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # what is kept may serve a training later
 def pack(lengths: tuple[int, ...], device: torch.device) -> Packing:
     """Pack sequences into rows by first fit, longest first; the narrowest row of about ``ROW_TOKENS`` slots wins."""
     rows = -(-sum(lengths) // ROW_TOKENS)

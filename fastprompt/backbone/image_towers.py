@@ -135,7 +135,12 @@ class TimmTower(ImageTower):
             features = visual.trunk.forward_features(blank)
         self.is_map = features.dim() == 4
         self.patch_grid = self._grid(features)
-        self.patch_width = self._patches(features).shape[-1]
+        patches = self._patches(features)
+        self.patch_width = patches.shape[-1]
+        with torch.no_grad():
+            alone = self.project(patches[:, :1])
+        if not alone.is_meta and not alone.isfinite().all():
+            raise InputError("timm towers whose pooling drops their prefix tokens are not supported")
 
     def _grid(self, features: Tensor) -> tuple[int, int]:
         if not self.is_map:

@@ -11,6 +11,7 @@ import open_clip
 import torch
 from open_clip.pretrained import get_pretrained_cfg
 from open_clip.tokenizer import SimpleTokenizer
+from safetensors import SafetensorError
 from torch import nn
 
 from fastprompt.backbone.backbone import Backbone
@@ -35,7 +36,7 @@ def load_backbone(
     Args:
         name: an open_clip architecture ("ViT-B-16-quickgelu"), "hf-hub:org/model", "local-dir:folder" with an
             ``open_clip_config.json`` and weights, or "demo", the small model that comes with this package.
-        pretrained: an open_clip tag ("openai"; downloaded once), a file of weights, or "random" for random weights.
+        pretrained: an open_clip tag ("openai"; downloaded once), a .safetensors file, or "random" for random weights.
             Not used with "hf-hub:", "local-dir:" and "demo".
         device: where the model runs; CUDA if there is one, else the CPU.
         precision: "fp64", "fp32", "bf16" or "fp16" for the frozen weights; fp32 by default. Learned tensors are
@@ -73,10 +74,12 @@ def _device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device: expected a name such as 'cpu' or 'cuda:0', got {device!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device: {str(device)!r} asked for, but torch sees no CUDA or ROCm device")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"device: expected a device of this machine such as 'cpu', got {device!r}: {reason}"
+        ) from error
     return device
 
 
@@ -88,7 +91,7 @@ def _load_open_clip(name: str, pretrained: str | None, cache_dir: str | Path | N
         model = open_clip.create_model(
             name, None if pretrained == RANDOM else pretrained, cache_dir=None if cache_dir is None else str(cache_dir)
         )
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise InputError(f"backbone {name!r} with weights {pretrained!r} could not be loaded: {error}") from error
     return model, open_clip.get_model_config(name) or {"name": name}
 
@@ -106,6 +109,8 @@ def _check_name(name: str, pretrained: str | None) -> None:
     tag = get_pretrained_cfg(name, pretrained)
     if pretrained != RANDOM and not tag and not Path(pretrained).is_file():
         raise InputError(f"pretrained: {pretrained!r} is neither a file nor a tag of {name!r} ({', '.join(tags)})")
+    if Path(pretrained).is_file() and not pretrained.endswith(".safetensors"):
+        raise InputError(f"pretrained: expected a .safetensors file, got {pretrained!r}: other files are not unpickled")
     wants_quick_gelu = bool(tag.get("quick_gelu", False))
     if tag and wants_quick_gelu != bool(open_clip.get_model_config(name).get("quick_gelu", False)):
         other = f"{name}-quickgelu" if wants_quick_gelu else name.removesuffix("-quickgelu")

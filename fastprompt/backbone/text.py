@@ -50,10 +50,14 @@ class TextTower:
         """Token embeddings (..., W) of token ids, in the precision of the tower."""
         return F.embedding(ids.to(self.token_embedding.weight.device), self.token_embedding.weight)
 
+    def check_fits(self, context_tokens: int, class_tokens: ClassTokens) -> None:
+        """Raise ``InputError`` if a class name does not fit behind the start of text and that many context tokens."""
+        class_tokens.check_fits((self.start_of_text is not None) + context_tokens, self.context_length)
+
     def encode(self, context: Tensor, class_tokens: ClassTokens) -> Tensor:
         """Text features (G, C, D), not normalised, of contexts (G, M, W) or (G, C, M, W)."""
         context = context.to(self.token_embedding.weight.dtype)
-        class_tokens.check_fits((self.start_of_text is not None) + context.shape[-2], self.context_length)
+        self.check_fits(context.shape[-2], class_tokens)
         if not self.shares_prefix:
             return self._project(self._encode_full_length(context, class_tokens))
         return self._project(self._encode_shared_prefix(context, class_tokens))

@@ -49,6 +49,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     try:
         return read_tokenizer(open_clip.get_tokenizer(name))
     except ModuleNotFoundError as error:
-        raise InputError(f"the tokenizer of {name!r} needs the package {error.name!r}: pip install it") from error
+        need = f"needs the package {error.name!r}, which the extra 'siglip' of fastprompt brings"
+        raise InputError(f"the tokenizer of {name!r} {need}") from error
     except OSError as error:
         raise InputError(f"the tokenizer of {name!r} could not be loaded: {error}") from error

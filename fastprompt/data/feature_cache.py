@@ -120,6 +120,8 @@ class FeatureCache:
         """
         if not transform.deterministic:
             raise InputError("feature cache: the transform is random, so its features cannot be cached")
+        if batch_size < 1:
+            raise InputError(f"image batch: expected at least 1 image, got {batch_size}")
         if not paths:
             raise InputError("feature cache: expected at least one image, got none")
         digests = hash_files(paths, workers=workers, progress=progress)

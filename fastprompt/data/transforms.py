@@ -82,8 +82,8 @@ class ImageTransform:
         Raises:
             InputError: If ``augment`` is set and there is no generator.
         """
-        interpolation = InterpolationMode(self.interpolation)
         if self.augment:
+            interpolation = InterpolationMode(self.interpolation)
             if generator is None:
                 raise InputError("an augmenting transform needs a torch.Generator, got None")
             box = _crop_box(image.height, image.width, generator)
@@ -91,11 +91,16 @@ class ImageTransform:
             if torch.rand(1, generator=generator).item() < 0.5:
                 image = tv.horizontal_flip(image)
         else:
-            size = [self.size] if self.resize_mode == "shortest" else [self.size, self.size]
-            image = tv.center_crop(tv.resize(image, size, interpolation, antialias=True), [self.size, self.size])
+            image = self.visible(image)
         # Divided, as open_clip does: tv.to_dtype multiplies by 1/255, which differs in the last bit.
         pixels = tv.pil_to_tensor(image).float().div(255)
         return tv.normalize(pixels, list(self.mean), list(self.std))
+
+    def visible(self, image: Image.Image) -> Image.Image:
+        """Return the square that the image tower sees without augmentation, ``size`` pixels wide."""
+        size = [self.size] if self.resize_mode == "shortest" else [self.size, self.size]
+        image = tv.resize(image, size, InterpolationMode(self.interpolation), antialias=True)
+        return tv.center_crop(image, [self.size, self.size])
 
 
 def _crop_box(height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:

@@ -130,10 +130,9 @@ def _trained(recipe: type[TrainConfig], options: dict, materials: Materials, out
         runs[classes] = train_run(config, backbone=materials.backbone).run
         learners[classes] = load_run(runs[classes].path, backbone=materials.backbone)
     epochs = epoch_metrics(runs["all"])
-    cost = {
-        "seconds": sum(epoch.seconds for epoch in epochs),
-        "memory": max(epoch.peak_memory_bytes or 0 for epoch in epochs),
-    }
+    cost = {"seconds": sum(epoch.seconds for epoch in epochs)}
+    if epochs[0].peak_memory_bytes is not None:
+        cost["memory"] = max(epoch.peak_memory_bytes for epoch in epochs)
     return Trial(runs["all"], _measure(learners["all"], learners["base"], materials) | cost)
 
 

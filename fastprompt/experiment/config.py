@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from fastprompt.training import TrainingSettings
 
 
+LOCAL = "local-dir:"
+
+
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
     """Which frozen model, and where it runs."""
@@ -19,7 +22,7 @@ class BackboneConfig:
     backbone: str = "ViT-B-16-quickgelu"
     """open_clip architecture, "hf-hub:org/model", "local-dir:folder", or "demo" for the small built-in model."""
     pretrained: str | None = None
-    """open_clip tag (such as openai; downloaded once) or a file of weights. Not used with the last three."""
+    """open_clip tag (such as openai; downloaded once) or a .safetensors file. Not used with the last three."""
     device: str | None = None
     """Where it runs, such as cpu or cuda:0. Default: cuda if there is one."""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
@@ -53,18 +56,57 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(DataConfig, BackboneConfig, FeatureConfig):
-    """Train on a few labelled images, test, and write a run folder."""
+class ExperimentConfig(DataConfig, BackboneConfig, FeatureConfig):
+    """What every method is asked for."""
 
     method: ClassVar[str]
     own_options: ClassVar[tuple[str, ...]]
+
+    classes: Literal["all", "base"] = "all"
+    """base: know only the first half of the classes, and test on both halves (base-to-new)."""
+    out: Path | None = None
+    """Run folder. Default: runs/DATASET/METHOD/BACKBONE/... An unfinished run there is resumed."""
+
+    @property
+    def run_name(self) -> str:
+        """Last part of the default run folder."""
+        return self.classes
+
+    def learner_options(self) -> dict[str, Any]:
+        """Arguments of the method's learner."""
+        return {name: getattr(self, name) for name in self.own_options}
+
+    def settings(self) -> TrainingSettings | None:
+        """How the learner is trained; None where nothing is."""
+        return None
+
+    def backbone_and_weights(self) -> tuple[str, str | None]:
+        """Name and weights of the backbone, with absolute paths: a run is used from other folders, too."""
+        name, weights = self.backbone, self.pretrained
+        if name.startswith(LOCAL):
+            name = f"{LOCAL}{Path(name.removeprefix(LOCAL)).expanduser().resolve()}"
+        if weights is not None and Path(weights).is_file():
+            weights = str(Path(weights).resolve())
+        return name, weights
+
+    def resolved(self) -> dict[str, Any]:
+        """What decides the result: everything but where it runs, how images are read, and where files go."""
+        elsewhere = {*(field.name for field in fields(FeatureConfig)), "device", "weights_dir", "out"}
+        chosen = {name: value for name, value in asdict(self).items() if name not in elsewhere}
+        chosen |= {name: path.expanduser().resolve() for name, path in chosen.items() if isinstance(path, Path)}
+        chosen["backbone"], chosen["pretrained"] = self.backbone_and_weights()
+        settings = self.settings()
+        return {"method": self.method, **chosen, **({} if settings is None else asdict(settings))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(ExperimentConfig):
+    """What a method that learns is asked for."""
 
     shots: int = 16
     """Training images per class; 0 for all of them."""
     sampler: Literal["exact", "stratified"] = "exact"
     """exact: that many of every class (CoOp). stratified: in proportion to class sizes (GalLoP's code)."""
-    classes: Literal["all", "base"] = "all"
-    """base: learn on the first half of the classes and test on both halves (base-to-new)."""
     seed: int = 1
     """Which images are drawn, in which order they come, and all other random choices."""
     augment: bool = False
@@ -79,30 +121,22 @@ class TrainConfig(DataConfig, BackboneConfig, FeatureConfig):
     """Weight decay of SGD. Default: as published."""
     zero_shot_template: str = "a photo of a {}."
     """Sentence of the zero-shot row that the result is compared with."""
-    out: Path | None = None
-    """Run folder. Default: runs/DATASET/METHOD/BACKBONE/shots16-seed1. An unfinished run there is resumed."""
 
-    def learner_options(self) -> dict[str, Any]:
-        """Arguments of the method's learner."""
-        return {name: getattr(self, name) for name in self.own_options}
+    @property
+    def run_name(self) -> str:
+        """Such as shots16-seed1, or shots16-seed1-base."""
+        shots = f"shots{self.shots}" if self.shots else "all"
+        return f"{shots}-seed{self.seed}" + ("" if self.classes == "all" else f"-{self.classes}")
 
-    def settings(self) -> TrainingSettings | None:
-        """Training settings: the published ones with what was given instead; None where nothing is trained."""
+    def settings(self) -> TrainingSettings:
+        """The published training settings, with what was given instead."""
         from fastprompt.training import published_settings  # brings torch
 
         given = {name: getattr(self, name) for name in ("epochs", "batch_size", "lr", "weight_decay")}
-        settings = replace(published_settings(self.method, self.shots or None), seed=self.seed)
         given = {name: value for name, value in given.items() if value is not None}
         if given.get("epochs") == 1:
             given["warmup_epochs"] = 0  # a single epoch of warm-up would train nothing
-        return replace(settings, **given)
-
-    def resolved(self) -> dict[str, Any]:
-        """What decides the result: everything but where it runs, how images are read, and where files go."""
-        elsewhere = {*(field.name for field in fields(FeatureConfig)), "device", "weights_dir", "out"}
-        settings = self.settings()
-        chosen = {name: value for name, value in asdict(self).items() if name not in elsewhere}
-        return {"method": self.method, **chosen, **({} if settings is None else asdict(settings))}
+        return replace(published_settings(self.method, self.shots or None), seed=self.seed, **given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +168,7 @@ class TrainCoOp(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainZeroShot(TrainConfig):
+class TrainZeroShot(ExperimentConfig):
     """Zero-shot CLIP: nothing is learned; tests the template and writes a run folder like the others (2103.00020)."""
 
     method: ClassVar[str] = "zero-shot"
@@ -143,12 +177,9 @@ class TrainZeroShot(TrainConfig):
     template: str = "a photo of a {}."
     """Sentence with one {} for the class name."""
 
-    def settings(self) -> None:
-        """Nothing is trained."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(FeatureConfig):
     """Test a finished run: on its own data, on other classes, on another data set, or against unknown objects."""
 
     run: Positional[Path]
@@ -165,8 +196,6 @@ class EvaluateConfig:
     """Out-of-distribution score: of the image, of its patches, or both."""
     device: str | None = None
     """Where it runs. Default: cuda if there is one."""
-    cache_dir: Path | None = None
-    """Folder of the feature cache. Default: $FASTPROMPT_CACHE or ~/.cache/fastprompt."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,9 +52,8 @@ def feature_source(
     """
     transform = image_transform(backbone, augment=augment)
     if augment or not config.cache:
-        return ImageSource(
-            images.paths, images.labels, read=partial(read_batch, transform=transform), backbone=backbone
-        )
+        read = partial(read_batch, transform=transform)
+        return ImageSource(images.paths, images.labels, read=read, backbone=backbone, at_once=config.image_batch)
 
     @no_grad()
     def encode(batch: Tensor) -> dict[str, Tensor]:

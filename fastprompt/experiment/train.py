@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +11,11 @@ import torch
 from fastprompt.backbone import Backbone, load_backbone
 from fastprompt.data import Dataset, few_shot, load_dataset, select_classes
 from fastprompt.evaluation import Row, base_to_new, evaluate_accuracy
-from fastprompt.experiment.config import TrainConfig
+from fastprompt.experiment.config import ExperimentConfig, TrainConfig
 from fastprompt.experiment.sources import feature_source
 from fastprompt.learners import Learner, ZeroShot, make_learner
 from fastprompt.report import CaptionedFigure, Column, Report, Table, TrainingCurve, draw_training_curves, write_report
-from fastprompt.training import RunFolder, epoch_metrics, fit
+from fastprompt.training import FeatureSource, RunFolder, epoch_metrics, fit
 
 EVALUATION = "evaluation"  # kind of line in metrics.jsonl
 REPORT = "report.html"
@@ -43,13 +44,13 @@ class TrainedRun:
     table: Table
 
 
-def train_run(config: TrainConfig, *, backbone: Backbone | None = None, progress: bool = True) -> TrainedRun:
+def train_run(config: ExperimentConfig, *, backbone: Backbone | None = None, progress: bool = True) -> TrainedRun:
     """Train and test one learner as configured; what can be wrong with the input is checked before the long work.
 
     An unfinished run in the same folder is resumed; of a finished one the results are read.
 
     Args:
-        config: what to train.
+        config: what to do.
         backbone: the one that ``config`` names, if it is loaded already.
         progress: whether to show bars.
 
@@ -57,59 +58,76 @@ def train_run(config: TrainConfig, *, backbone: Backbone | None = None, progress
         InputError: bad input, in one sentence.
         Interrupted: Ctrl-C while training; the last step is kept.
     """
-    config.settings()  # checks them
+    settings = config.settings()
     dataset = load_dataset(config.data, split_file=config.split_file, keep_underscores=config.keep_underscores)
-    train = few_shot(select_classes(dataset.train, config.classes), config.shots or None, config.seed, config.sampler)
+    train = select_classes(dataset.train, config.classes)
+    if isinstance(config, TrainConfig):
+        train = few_shot(train, config.shots or None, config.seed, config.sampler)
     run = RunFolder.create_or_resume(config.out or default_run_folder(config, dataset), config.resolved())
     if not run.complete or not run.metrics(EVALUATION):
-        backbone = backbone or load_backbone(
-            config.backbone,
-            config.pretrained,
-            device=config.device,
-            precision=config.precision,
-            cache_dir=config.weights_dir,
-        )
-        torch.manual_seed(config.seed)  # random contexts
-        learner = make_learner(config.method, backbone, train.class_names, **config.learner_options())
-        template = ZeroShot(backbone, train.class_names, template=config.zero_shot_template)
-        if config.settings() is not None:
+        if backbone is None:
+            name, weights = config.backbone_and_weights()
+            place = {"device": config.device, "precision": config.precision, "cache_dir": config.weights_dir}
+            backbone = load_backbone(name, weights, **place)
+        learner, *peers = _learners(config, backbone, train.class_names)
+        tests = _tests(dataset, backbone, config, progress)
+        for row in (learner, *peers):
+            for _, class_names in tests.values():
+                row.with_class_names(class_names)  # checks that they fit
+        if isinstance(config, TrainConfig):
             source = feature_source(train, backbone, config, augment=config.augment, progress=progress)
-            fit(learner, source, config.settings(), run=run, progress=progress)
+            fit(learner, source, settings, run=run, progress=progress)
         if not run.complete:
-            run.save_model(learner, {"options": learner.options})
-        rows = {template.method: template, learner.method: learner}
-        results = {name: _test(row, dataset, backbone, config, progress) for name, row in rows.items()}
-        run.log(EVALUATION, results=results)
+            weights_dir = None if config.weights_dir is None else str(config.weights_dir.resolve())
+            run.save_model(learner, {"options": learner.options, "weights_dir": weights_dir})
+        run.log(EVALUATION, results={row.method: _test(row, tests, progress) for row in (*peers, learner)})
     table = results_table(run, dataset.name)
     write_report(_report(config, run, table), run.path / REPORT)
     return TrainedRun(run, table)
 
 
-def default_run_folder(config: TrainConfig, dataset: Dataset) -> Path:
+def default_run_folder(config: ExperimentConfig, dataset: Dataset) -> Path:
     """runs/DATASET/METHOD/BACKBONE/shots16-seed1, or ...-base for base-to-new."""
     backbone = config.backbone.replace("/", "-").replace(":", "-")
     if config.pretrained:
         backbone = f"{backbone}-{Path(config.pretrained).stem}"
-    shots = f"shots{config.shots}" if config.shots else "all"
-    suffix = "" if config.classes == "all" else f"-{config.classes}"
-    return Path("runs") / dataset.name / config.method / backbone / f"{shots}-seed{config.seed}{suffix}"
+    return Path("runs") / dataset.name / config.method / backbone / config.run_name
+
+
+def _learners(config: ExperimentConfig, backbone: Backbone, class_names: Sequence[str]) -> list[Learner]:
+    """The learner of the method, and zero-shot CLIP beside a method that learns."""
+    if not isinstance(config, TrainConfig):
+        return [make_learner(config.method, backbone, class_names, **config.learner_options())]
+    torch.manual_seed(config.seed)  # random contexts
+    learner = make_learner(config.method, backbone, class_names, **config.learner_options())
+    return [learner, ZeroShot(backbone, class_names, template=config.zero_shot_template)]
+
+
+def _tests(
+    dataset: Dataset, backbone: Backbone, config: ExperimentConfig, progress: bool
+) -> dict[str, tuple[FeatureSource, tuple[str, ...]]]:
+    """Test images as features, and their class names: "all", or "base" and "new" where only base classes are known."""
+    parts = ("all",) if config.classes == "all" else ("base", "new")
+    images = {part: select_classes(dataset.test, part) for part in parts}
+    return {
+        part: (feature_source(some, backbone, config, progress=progress), some.class_names)
+        for part, some in images.items()
+    }
 
 
 def _test(
-    learner: Learner, dataset: Dataset, backbone: Backbone, config: TrainConfig, progress: bool
+    learner: Learner, tests: dict[str, tuple[FeatureSource, tuple[str, ...]]], progress: bool
 ) -> dict[str, float]:
-    """Accuracy on the test images; base, new and H where only base classes were learned."""
-    if config.classes == "all":
-        source = feature_source(dataset.test, backbone, config, progress=progress)
-        result = evaluate_accuracy(learner, source, progress=progress)
+    """Accuracy on the test images; base, new and H where only base classes are known."""
+    if "all" in tests:
+        result = evaluate_accuracy(learner, tests["all"][0], progress=progress)
         return {
             "accuracy": result.top1,
             "mean_per_class": result.mean_per_class,
             "calibration_error": result.calibration_error,
         }
-    base, new = (select_classes(dataset.test, half) for half in ("base", "new"))
-    sources = [feature_source(images, backbone, config, progress=progress) for images in (base, new)]
-    result = base_to_new(learner, *sources, new.class_names, progress=progress)
+    (base, _), (new, new_names) = tests["base"], tests["new"]
+    result = base_to_new(learner, base, new, new_names, progress=progress)
     return {"base": result.base.top1, "new": result.new.top1, "harmonic": result.harmonic}
 
 
@@ -121,7 +139,7 @@ def results_table(run: RunFolder, dataset: str) -> Table:
     return Table(f"{dataset}: test images", tuple(COLUMNS[name] for name in measures), rows, "Method")
 
 
-def _report(config: TrainConfig, run: RunFolder, table: Table) -> Report:
+def _report(config: ExperimentConfig, run: RunFolder, table: Table) -> Report:
     epochs = epoch_metrics(run)
     curve = TrainingCurve(config.method, [[epoch.loss for epoch in epochs]], [[epoch.accuracy for epoch in epochs]])
     figures = (
@@ -131,7 +149,7 @@ def _report(config: TrainConfig, run: RunFolder, table: Table) -> Report:
     )
     return Report(
         title=f"{config.method} on {table.title.split(':')[0]}",
-        summary=f"{config.backbone}, {config.shots or 'all'} training images per class, seed {config.seed}.",
+        summary=f"{config.backbone}, {config.run_name}.",
         tables=(table,),
         figures=figures,
         facts={"Configuration": config.resolved()},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,12 +13,14 @@ from fastprompt.backbone import Backbone, ImageFeatures, load_backbone
 from fastprompt.data import find_images, load_dataset, load_image, select_classes
 from fastprompt.errors import InputError
 from fastprompt.evaluation import Row, evaluate_accuracy, ood_detection
-from fastprompt.experiment.config import EvaluateConfig, ExplainConfig, FeatureConfig, PredictConfig
+from fastprompt.experiment.config import EvaluateConfig, ExplainConfig, PredictConfig
 from fastprompt.experiment.sources import feature_source, image_transform, split_of, unlabelled
 from fastprompt.experiment.train import COLUMNS, PERCENT
 from fastprompt.learners import GalLoP, Learner, ZeroShot, make_learner
 from fastprompt.report import Column, Table, draw_selected_patches
 from fastprompt.training import RunFolder
+from fastprompt.training.run_folder import MODEL
+from fastprompt.training.state import restore_learned
 
 OOD_COLUMNS = (
     Column("FPR95", higher_is_better=False, **PERCENT),
@@ -38,7 +42,11 @@ def load_run(path: str | Path, *, device: str | None = None, backbone: Backbone 
     run = RunFolder.open(path)
     tensors, metadata = run.load_model()
     backbone = backbone or load_backbone(
-        metadata["backbone"], metadata["pretrained"], device=device, precision=run.config["precision"]
+        metadata["backbone"],
+        metadata["pretrained"],
+        device=device,
+        precision=run.config["precision"],
+        cache_dir=metadata["weights_dir"],
     )
     if backbone.fingerprint != metadata["fingerprint"]:
         raise InputError(
@@ -46,7 +54,7 @@ def load_run(path: str | Path, *, device: str | None = None, backbone: Backbone 
             f"but those found now have {backbone.fingerprint}"
         )
     learner = make_learner(metadata["method"], backbone, metadata["class_names"], **metadata["options"])
-    learner.load_state_dict(tensors)
+    restore_learned(learner, tensors, run.path / MODEL)
     return learner.eval()
 
 
@@ -57,13 +65,12 @@ def evaluate_run(config: EvaluateConfig, *, progress: bool = True) -> Table:
     split_file = run.config["split_file"] if config.data is None else None
     dataset = load_dataset(config.data or run.config["data"], split_file=split_file, keep_underscores=keep)
     images = select_classes(split_of(dataset, config.split), config.classes)
-    unknown = None if config.ood is None else unlabelled(find_images(config.ood, recursive=True))
+    unknown = None if config.ood is None else unlabelled(_images_in(config.ood, recursive=True))
     learner = load_run(config.run, device=config.device).with_class_names(images.class_names)
-    zero_shot = ZeroShot(learner.backbone, images.class_names, template=run.config["zero_shot_template"])
+    zero_shot = ZeroShot(learner.backbone, images.class_names, template=_template(run))
 
-    features = FeatureConfig(cache_dir=config.cache_dir)
-    source = feature_source(images, learner.backbone, features, progress=progress)
-    outside = None if unknown is None else feature_source(unknown, learner.backbone, features, progress=progress)
+    source = feature_source(images, learner.backbone, config, progress=progress)
+    outside = None if unknown is None else feature_source(unknown, learner.backbone, config, progress=progress)
     measures = ("accuracy", "mean_per_class", "calibration_error")
     rows = []
     for row in {zero_shot.method: zero_shot, learner.method: learner}.values():
@@ -78,23 +85,36 @@ def evaluate_run(config: EvaluateConfig, *, progress: bool = True) -> Table:
     return Table(title, columns, tuple(rows), "Method")
 
 
-def predict_images(config: PredictConfig) -> list[tuple[Path, list[tuple[str, float]]]]:
-    """The most probable classes of every image, with their probabilities, best first."""
+def _template(run: RunFolder) -> str:
+    return run.config["template"] if run.config["method"] == ZeroShot.method else run.config["zero_shot_template"]
+
+
+def _images_in(folder: Path, *, recursive: bool = False) -> tuple[Path, ...]:
+    """The image files of a folder, of which there must be one."""
+    if not (paths := find_images(folder, recursive=recursive)):
+        raise InputError(f"image folder {folder}: expected at least one image, found none")
+    return paths
+
+
+def predict_images(config: PredictConfig) -> Iterator[tuple[Path, list[tuple[str, float]]]]:
+    """The most probable classes of every image, with their probabilities, best first; each as soon as it is known."""
+    if not config.images:
+        raise InputError("images: expected image files or folders, got none")
     if config.top < 1:
         raise InputError(f"top: expected at least 1, got {config.top}")
-    paths = [path for given in config.images for path in (find_images(given) if given.is_dir() else (given,))]
+    paths = [path for given in config.images for path in (_images_in(given) if given.is_dir() else (given,))]
     learner = load_run(config.run, device=config.device)
-    results = []
     for path in paths:
         probabilities = learner.predict(_features(learner, path))[0]
         best = probabilities.topk(min(config.top, len(learner.class_names)))
         classes = [learner.class_names[index] for index in best.indices.tolist()]
-        results.append((path, list(zip(classes, best.values.tolist(), strict=True))))
-    return results
+        yield path, list(zip(classes, best.values.tolist(), strict=True))
 
 
 def explain_image(config: ExplainConfig) -> tuple[Path, str]:
     """Draw which patches were selected for a class; returns the PNG file and the class."""
+    if config.out is not None and config.out.suffix.lower() != ".png":
+        raise InputError(f"out: expected a .png file, got {config.out}")
     learner = load_run(config.run, device=config.device)
     if not isinstance(learner, GalLoP):
         raise InputError(f"explain needs a run of gallop, and {config.run} is one of {learner.method}")
@@ -102,10 +122,10 @@ def explain_image(config: ExplainConfig) -> tuple[Path, str]:
     index = _class_index(learner, config.class_name, features)
     name = learner.class_names[index]
     selected = learner.selected_patches(features, torch.tensor([index]))[0].cpu()
-    figure = draw_selected_patches(
-        load_image(config.image), selected, learner.backbone.patch_grid, [f"k = {k}" for k in learner.k], name
-    )
-    out = config.out or config.run / "explained" / f"{config.image.stem}-{name.replace(' ', '_')}.png"
+    seen = image_transform(learner.backbone).visible(load_image(config.image))
+    figure = draw_selected_patches(seen, selected, learner.backbone.patch_grid, [f"k = {k}" for k in learner.k], name)
+    file = re.sub(r"\W", "_", f"{config.image.stem}-{name}") + ".png"
+    out = config.out or config.run / "explained" / file
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=160)
     return out, name

@@ -49,15 +49,18 @@ class Learner(nn.Module, ABC):
     class_names: tuple[str, ...]
     class_tokens: ClassTokens
 
-    def __init__(self, backbone: Backbone, class_names: Sequence[str], *, suffix: str, options: dict) -> None:
+    def __init__(
+        self, backbone: Backbone, class_names: Sequence[str], *, context_tokens: int, suffix: str, options: dict
+    ) -> None:
         super().__init__()
         object.__setattr__(self, "backbone", backbone)  # past nn.Module, which would register it as a submodule
         self.options = options
-        self._suffix = suffix
+        self._context_tokens, self._suffix = context_tokens, suffix
         self._set_classes(class_names)
 
     def _set_classes(self, class_names: Sequence[str]) -> None:
         self.class_tokens = self.backbone.tokenize(class_names, self._suffix)
+        self.backbone.check_fits(self._context_tokens, self.class_tokens)
         self.class_names = self.class_tokens.class_names
         self._text_memo: tuple[tuple, Tensor] | None = None
 
@@ -77,9 +80,10 @@ class Learner(nn.Module, ABC):
         """``encode_text``, done once for as long as no gradient is asked for and no learned tensor changes."""
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
             return self.encode_text()
-        key = tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
+        learned = ((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
+        key = (self.backbone.device, self.backbone.dtype, *learned)
         if self._text_memo is None or self._text_memo[0] != key:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 self._text_memo = key, self.encode_text()
         return self._text_memo[1]
 

@@ -23,8 +23,9 @@ class CoOp(Learner):
     method: ClassVar[str] = "coop"
 
     def __init__(self, backbone: Backbone, class_names: Sequence[str], *, context: str | int = "a photo of a") -> None:
-        super().__init__(backbone, class_names, suffix=".", options={"context": context})
-        self.context = nn.Parameter(initial_context(backbone, context))  # (M, W)
+        start = initial_context(backbone, context)
+        super().__init__(backbone, class_names, context_tokens=len(start), suffix=".", options={"context": context})
+        self.context = nn.Parameter(start)  # (M, W)
 
     def encode_text(self) -> Tensor:
         """See ``Learner``; G = 1."""

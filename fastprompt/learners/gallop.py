@@ -47,14 +47,11 @@ class GalLoP(Learner):
     ) -> None:
         _check(global_prompts, k, dropout)
         options = {"global_prompts": global_prompts, "k": list(k), "dropout": dropout, "context": context}
-        super().__init__(backbone, class_names, suffix="", options=options)
+        starts = torch.stack([initial_context(backbone, context) for _ in range(global_prompts + len(k))])
+        super().__init__(backbone, class_names, context_tokens=starts.shape[1], suffix="", options=options)
         self.k, self.dropout = tuple(k), dropout
-
-        def prompts(count: int) -> nn.Parameter:
-            return nn.Parameter(torch.stack([initial_context(backbone, context) for _ in range(count)]))
-
-        self.global_prompts = prompts(global_prompts)  # (m, M, W)
-        self.local_prompts = prompts(len(k))  # (n, M, W)
+        self.global_prompts = nn.Parameter(starts[:global_prompts].clone())  # (m, M, W)
+        self.local_prompts = nn.Parameter(starts[global_prompts:].clone())  # (n, M, W)
         self.local_projection = nn.Parameter(torch.eye(backbone.patch_width, device=backbone.device))
 
     def encode_text(self) -> Tensor:
@@ -82,11 +79,13 @@ class GalLoP(Learner):
         features = features.to(self.backbone.device)
         of_global, of_local = self._split_text()
         global_cosines = torch.einsum("bd,mcd->bmc", features.pooled, of_global)
-        # Inputs in the precision of the tower, for its tensor cores; the op accumulates and answers in float32.
-        dtype = self.backbone.dtype
-        local_cosines = topk_similarity(self.local_features(features).to(dtype), of_local.to(dtype), self.k)
+        local_cosines = topk_similarity(*self._in_tower_precision(self.local_features(features), of_local), self.k)
         mean = (global_cosines.mean(dim=1) + local_cosines.mean(dim=1)) / 2
         return Scores(self.backbone.logit_scale * mean, {"global": global_cosines, "local": local_cosines})
+
+    def _in_tower_precision(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Inputs of the similarity as its tensor cores take them; it accumulates and answers in float32."""
+        return tuple(tensor.to(self.backbone.dtype) for tensor in tensors)
 
     def draw_prompts(self, images: int) -> Tensor:
         """Prompt dropout: the global prompts that count for each image, (images, kept), drawn with replacement."""
@@ -120,7 +119,7 @@ class GalLoP(Learner):
             features: of B images.
             class_index: (B,).
         """
-        local, (_, text) = self.local_features(features), self._split_text()
+        local, text = self._in_tower_precision(self.local_features(features), self._split_text()[1])
         per_image = [
             selected_patches(image[None], text[:, index : index + 1], self.k)[0, :, 0]
             for image, index in zip(local, class_index.tolist(), strict=True)

@@ -27,8 +27,11 @@ class ZeroShot(Learner):
         if template.count("{}") != 1:
             raise InputError(f"template: expected a sentence with one {{}} for the class name, got {template!r}")
         before, after = template.split("{}")
-        super().__init__(backbone, class_names, suffix=after, options={"template": template})
-        self._words = backbone.embed_words(before)[None]  # (1, M, W)
+        words = backbone.embed_words(before)[None]  # (1, M, W)
+        super().__init__(
+            backbone, class_names, context_tokens=words.shape[1], suffix=after, options={"template": template}
+        )
+        self._words = words
 
     def encode_text(self) -> Tensor:
         """See ``Learner``; G = 1."""

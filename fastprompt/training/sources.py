@@ -90,18 +90,28 @@ class ImageSource:
         read: Files and a generator to transformed images (b, 3, S, S), for instance
             `functools.partial(fastprompt.data.read_batch, transform=transform)`.
         backbone: Encodes the images.
+        at_once: Images that are read and encoded at a time, however many are asked for.
 
     Raises:
-        InputError: There are not as many labels as paths.
+        InputError: There are not as many labels as paths, or `at_once` is below 1.
     """
 
     def __init__(
-        self, paths: Sequence[Path], labels: Sequence[int] | Tensor, *, read: ReadImages, backbone: ImageEncoder
+        self,
+        paths: Sequence[Path],
+        labels: Sequence[int] | Tensor,
+        *,
+        read: ReadImages,
+        backbone: ImageEncoder,
+        at_once: int = 32,
     ) -> None:
+        if at_once < 1:
+            raise InputError(f"image batch: expected at least 1 image, got {at_once}")
         self.paths = tuple(paths)
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
         self.read = read
         self.backbone = backbone
+        self.at_once = at_once
         if len(self.paths) != len(self.labels):
             raise InputError(f"labels must be as many as the {len(self.paths)} image paths, not {len(self.labels)}")
 
@@ -112,5 +122,10 @@ class ImageSource:
     @torch.no_grad()
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> ImageFeatures:
         """Features of the images at `indices` (b,), transformed anew with random numbers from `generator`."""
-        images = self.read([self.paths[i] for i in indices.tolist()], generator=generator)
-        return self.backbone.encode_images(images)
+        encoded = [
+            self.backbone.encode_images(self.read([self.paths[i] for i in some.tolist()], generator=generator))
+            for some in indices.split(self.at_once)
+        ]
+        return ImageFeatures(
+            torch.cat([features.pooled for features in encoded]), torch.cat([features.patches for features in encoded])
+        )

@@ -116,6 +116,7 @@ def test_wrong_image_size_is_refused(vit_backbone):
         ("ViT-B-16", "nonsense", "'nonsense' is neither a file nor a tag of 'ViT-B-16'"),
         ("ViT-B-16", "openai", "trained with QuickGELU, .* pass 'ViT-B-16-quickgelu' instead"),
         ("local-dir:nowhere", None, "could not be loaded: .*nowhere"),
+        ("ViT-B-16", __file__, r"expected a .safetensors file, got .*test_image_towers.py"),
     ],
 )
 def test_unknown_backbones_say_what_to_pass(name, pretrained, message):
@@ -126,7 +127,7 @@ def test_unknown_backbones_say_what_to_pass(name, pretrained, message):
 def test_precision_and_device_are_checked():
     with pytest.raises(InputError, match="expected one of fp64, fp32, bf16, fp16, got 'float'"):
         load_backbone("ViT-B-32", "random", precision="float")
-    with pytest.raises(InputError, match="device: expected a name"):
+    with pytest.raises(InputError, match="device: expected a device of this machine"):
         load_backbone("ViT-B-32", "random", device="toaster")
 
 

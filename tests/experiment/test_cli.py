@@ -126,10 +126,30 @@ def test_predict_names_images_with_probabilities(trained, photos, capsys):
 def test_explain_draws_a_picture(trained, photos, capsys, tmp_path):
     image = str(photos / "test" / "green" / "0.png")
     assert main(["explain", "run", image, "--class-name", "dark blue"]) == 0
-    with Image.open(tmp_path / "run" / "explained" / "0-dark_blue.png") as picture:
+    with Image.open(tmp_path / "run" / "explained" / "0_dark_blue.png") as picture:
         assert picture.width > 2 * picture.height, "three panels side by side"
     assert main(["explain", "run", image, "--class-name", "purple"]) == 2
     assert "'purple' is not one of the 4 classes" in capsys.readouterr().err
+
+
+def test_using_a_run_on_nothing_is_said(trained, photos, capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    image = str(photos / "test" / "green" / "0.png")
+    for arguments, words in (
+        (["predict", "run"], "images: expected image files or folders"),
+        (["predict", "run", "empty"], "image folder empty: expected at least one image"),
+        (["predict", "run", image, "--top", "0"], "top: expected at least 1"),
+        (["evaluate", "run", "--ood", "empty"], "image folder empty: expected at least one image"),
+        (["explain", "run", image, "--out", "map.xyz"], "out: expected a .png file"),
+    ):
+        assert main(arguments) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_run_is_used_from_another_folder(trained, photos, capsys, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["evaluate", "../run"]) == 0
 
 
 def test_explain_needs_gallop(photos, common, capsys):
@@ -162,6 +182,15 @@ BAD_INPUT = {
     "unreadable image": (lambda photos: (photos / "train/red/0.png").write_bytes(b"?"), ["--shots", "0"], "red/0.png"),
     "label out of range": (lambda photos: only_training_image(photos, "train/red/0.png", 7), [], "label 7"),
     "absent image": (lambda photos: only_training_image(photos, "train/red/99.png", 0), [], "train/red/99.png"),
+    "unreadable test image": (lambda photos: (photos / "test/red/0.png").write_bytes(b"?"), [], "test/red/0.png"),
+    "long template": (nothing, ["--zero-shot-template", "a " * 80 + "{}"], "is too long"),
+    "long new class": (lambda photos: rename_class(photos, "z " * 75), ["--classes", "base"], "is too long"),
+    "no images at a time": (nothing, ["--image-batch", "0"], "image batch: expected at least 1"),
+    "weights to unpickle": (
+        lambda photos: Path("w.pt").write_bytes(b""),
+        ["--backbone", "ViT-B-32", "--pretrained", "w.pt"],
+        ".safetensors",
+    ),
     "unknown backbone": (nothing, ["--backbone", "ViT-B-61"], "is not an architecture of open_clip"),
     "no weights": (nothing, ["--backbone", "ViT-B-32"], "needs weights"),
     "long class name": (lambda photos: rename_class(photos, "r " * 60), ["--context", "30"], "is too long"),

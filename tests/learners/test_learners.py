@@ -205,6 +205,14 @@ def test_text_is_encoded_once_until_a_learned_tensor_changes(vit_backbone, featu
     assert not torch.equal(learner.predict(features), changed)
 
 
+def test_prediction_in_inference_mode_does_not_spoil_training(vit_backbone, features):
+    learner = GalLoP(vit_backbone, [*NAMES, "a name of a length of its own"])
+    with torch.inference_mode():
+        learner.predict(features)
+    learner.loss(learner(features), LABELS).backward()
+    assert learner.local_prompts.grad.any()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
