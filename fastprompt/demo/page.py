@@ -107,8 +107,10 @@ def _report(result: DemoResult, tables: tuple[Table, ...]) -> Report:
 
 def _summary(result: DemoResult) -> str:
     accuracy = {method: _cells(trials, ("accuracy",))[0] for method, trials in result.trials.items()}
-    said = ", ".join(
-        f"{method} {100 * cell.mean:.1f} %" + (f" ± {100 * cell.deviation:.1f}" if cell.deviation is not None else "")
+    said = "; ".join(
+        f"{method} {100 * cell.mean:.1f}"
+        + (f" ± {100 * cell.deviation:.1f}" if cell.deviation is not None else "")
+        + "\N{NO-BREAK SPACE}%"
         for method, cell in accuracy.items()
     )
     return (

@@ -13,7 +13,7 @@ one CPU core are enough:
 
 Disjoint from the demo's test data: pretraining never renders the 64 combinations of colour, texture and shape that are
 the demo's classes, nor an unknown shape, colour or texture, and all its random generators have seeds of their own. The
-script is deterministic for one version of torch, one processor and one number of threads.
+script is deterministic for one version of torch and one processor, on one thread.
 """
 
 import dataclasses
