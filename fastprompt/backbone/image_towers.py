@@ -11,7 +11,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
-from fastprompt.backbone.text import split_heads
+from fastprompt.backbone.blocks import close_block, split_heads
 from fastprompt.errors import InputError
 
 
@@ -85,8 +85,7 @@ def _value_path_block(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, 1 + P, d)
     attended = F.scaled_dot_product_attention(q[:, :, :1], k, v)
     mixed = torch.cat([attended, v[:, :, 1:]], dim=2).transpose(1, 2).flatten(2)
-    x = x + block.ls_1(block.attn.out_proj(mixed))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+    return close_block(block, x, mixed)
 
 
 class ResNetTower(ImageTower):

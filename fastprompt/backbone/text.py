@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
+from fastprompt.backbone.blocks import close_block, split_heads
 from fastprompt.backbone.class_tokens import ClassTokens, Packing, pack
 from fastprompt.errors import InputError
 
@@ -77,10 +78,13 @@ class TextTower:
         x = torch.cat([prefix, names], dim=1)  # (G, S + rows * width, W)
         open_prefix = packing.visible.new_ones(packing.rows, packing.width, shared)
         visible = torch.cat([open_prefix, packing.visible], dim=2)[:, None]  # (rows, 1, width, S + width)
-        for block in self.blocks:
-            x = x + block.ls_1(_prefix_attention(block, block.ln_1(x), shared, packing, visible))
-            x = x + block.ls_2(block.mlp(block.ln_2(x)))
-        return x[:, shared + packing.last]
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = close_block(block, x, _prefix_attention(block, block.ln_1(x), shared, packing, visible))
+        # Of the last block only the end-of-text tokens are read, so only they go through its projection and MLP.
+        ends = shared + packing.last
+        attended = _prefix_attention(last, last.ln_1(x), shared, packing, visible)
+        return close_block(last, x.index_select(1, ends), attended.index_select(1, ends))
 
     def _layout(self, context: Tensor, class_tokens: ClassTokens) -> tuple[Tensor, Tensor, Packing]:
         """The shared prefix (G, S, W), what follows it in packed slots (G, rows * width, W), and the packing."""
@@ -94,7 +98,7 @@ class TextTower:
         names = self.embed(class_tokens.ids)  # (T, W)
         follow = _behind_own_context(context, names, class_tokens.lengths) if own else names.expand(groups, -1, -1)
         positions = self.positional_embedding[prefix.shape[1] + packing.position].to(context.dtype)
-        return prefix, follow[:, packing.token] + positions, packing
+        return prefix, follow.index_select(1, packing.token) + positions, packing
 
     # ------------------------------------------------------------------ other towers
 
@@ -117,8 +121,7 @@ class TextTower:
         for block in self.blocks:
             q, k, v = split_heads(block, block.ln_1(x)).permute(2, 0, 3, 1, 4)  # each (G * C, heads, L, d)
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            x = x + block.ls_1(block.attn.out_proj(attended.transpose(1, 2).flatten(2)))
-            x = x + block.ls_2(block.mlp(block.ln_2(x)))
+            x = close_block(block, x, attended.transpose(1, 2).flatten(2))
         x = x.unflatten(0, (groups, classes))
         if self.pool_type in ("argmax", "eos"):
             end = len(start) + own + torch.tensor(class_tokens.lengths, device=x.device) - 1
@@ -136,16 +139,10 @@ def _behind_own_context(context: Tensor, names: Tensor, lengths: tuple[int, ...]
     return torch.cat(pieces, dim=1)
 
 
-def split_heads(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
-    """Queries, keys and values (..., L, 3, heads, d) of tokens (..., L, W)."""
-    qkv = F.linear(x, block.attn.in_proj_weight, block.attn.in_proj_bias)
-    return qkv.unflatten(-1, (3, block.attn.num_heads, -1))
-
-
 def _prefix_attention(
     block: ResidualAttentionBlock, x: Tensor, shared: int, packing: Packing, visible: Tensor
 ) -> Tensor:
-    """Causal attention in which each packed name sees its context and itself.
+    """Causal attention in which each packed name sees its context and itself; without the output projection.
 
     Args:
         block: gives the projections.
@@ -157,17 +154,17 @@ def _prefix_attention(
     Returns:
         (G, S + rows * width, W).
     """
-    qkv = split_heads(block, x)
-    q, k, v = qkv[:, :shared].permute(2, 0, 3, 1, 4)  # each (G, heads, S, d)
+    # Split, not sliced: the backward pass of a slice fills and adds a zero tensor of the full size.
+    prefix, names = split_heads(block, x).split([shared, x.shape[1] - shared], dim=1)
+    q, k, v = prefix.permute(2, 0, 3, 1, 4)  # each (G, heads, S, d)
     of_prefix = F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     # Groups stand beside heads, so that one mask serves all of them.
-    by_row = qkv[:, shared:].unflatten(1, (packing.rows, packing.width))  # (G, rows, width, 3, heads, d)
+    by_row = names.unflatten(1, (packing.rows, packing.width))  # (G, rows, width, 3, heads, d)
     row_q, row_k, row_v = by_row.permute(3, 1, 0, 4, 2, 5).flatten(2, 3)  # each (rows, G * heads, width, d)
     row_k = torch.cat([k.flatten(0, 1).expand(packing.rows, -1, -1, -1), row_k], dim=2)
     row_v = torch.cat([v.flatten(0, 1).expand(packing.rows, -1, -1, -1), row_v], dim=2)
     of_names = F.scaled_dot_product_attention(row_q, row_k, row_v, attn_mask=visible)
 
     of_names = of_names.unflatten(1, k.shape[:2]).permute(1, 0, 3, 2, 4).flatten(1, 2)  # (G, slots, heads, d)
-    attended = torch.cat([of_prefix.transpose(1, 2), of_names], dim=1).flatten(2)
-    return block.attn.out_proj(attended)
+    return torch.cat([of_prefix.transpose(1, 2), of_names], dim=1).flatten(2)
