@@ -1,5 +1,12 @@
 """GPU and CPU operations of fastprompt. They know tensors, and nothing of CLIP, prompts or data."""
 
+from .patch_statistics import PatchStatistics, patch_statistics
 from .topk_similarity import available_implementations, selected_patches, topk_similarity
 
-__all__ = ["available_implementations", "selected_patches", "topk_similarity"]
+__all__ = [
+    "PatchStatistics",
+    "available_implementations",
+    "patch_statistics",
+    "selected_patches",
+    "topk_similarity",
+]
