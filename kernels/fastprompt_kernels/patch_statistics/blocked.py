@@ -90,7 +90,7 @@ def backward(
         (B, P, D) and (C, D) in the inputs' dtype; (0,) for a gradient that is not wanted.
     """
     dtype = logsumexp.dtype
-    of_patches = torch.zeros(patches.shape if wanted[0] else 0, dtype=dtype, device=patches.device)
+    of_patches = torch.empty(patches.shape if wanted[0] else 0, dtype=dtype, device=patches.device)
     of_prompts = torch.zeros(prompts.shape if wanted[1] else 0, dtype=dtype, device=patches.device)
     texts = prompts.to(dtype)
     for images, tiles in _tiles(patches, texts):
@@ -104,7 +104,8 @@ def backward(
             place, inside = _within(largest[images], classes)
             weights.scatter_add_(-1, place[..., None], (of_maximum * inside)[..., None])
             if wanted[0]:
-                of_patches[images] += _product(weights, texts[classes])
+                matrix, kept = texts[classes].expand(len(rows), -1, -1), int(classes.start > 0)
+                torch.baddbmm(of_patches[images], weights, matrix, beta=kept, out=of_patches[images])
             if wanted[1]:
                 of_prompts[classes].addmm_(weights.flatten(0, 1).mT, rows.flatten(0, 1))
     return of_patches.to(patches.dtype), of_prompts.to(prompts.dtype)
@@ -140,7 +141,7 @@ def _logits(rows: Tensor, prompts: Tensor, scale: float) -> Tensor:
 def _start(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What is carried from tile to tile, (images, P) each, before the first tile."""
     zeros = rows.new_zeros(rows.shape[:2])
-    return zeros - torch.inf, zeros, zeros, zeros.int()
+    return zeros - torch.inf, zeros, zeros, zeros.long()
 
 
 def _extend(
@@ -148,12 +149,11 @@ def _extend(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The state after a tile of logits whose first class is `start`."""
     peak, total, weighted, first = state
-    highest = logits.amax(-1)
     if keep:
-        # torch.max may return the index of any of several equal elements.
-        classes = torch.arange(start, start + logits.shape[-1], dtype=torch.int32, device=logits.device)
-        here = torch.where(logits == highest[..., None], classes, classes[-1]).amin(-1)
-        first = torch.where(highest > peak, here, first)
+        highest, here = logits.max(-1)  # the first of several equal ones
+        first = torch.where(highest > peak, start + here, first)
+    else:
+        highest = logits.amax(-1)  # three times as fast
     highest = torch.maximum(peak, highest)
     shift = (peak - highest).clamp_min_(LOWEST)
     kept = shift.exp()

@@ -71,7 +71,7 @@ def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
     ctx.save_for_backward(patches, prompts, logsumexp, entropy, largest)
 
 
-def _backward(ctx, of_maximum, of_logsumexp, of_entropy, *_):  # noqa: ANN001, ANN202
+def _backward(ctx, of_maximum, of_logsumexp, of_entropy, *_):  # noqa: ANN001, ANN002, ANN202
     wanted = list(ctx.needs_input_grad[:2])
     grads = _grad([of_maximum, of_logsumexp, of_entropy], *ctx.saved_tensors, ctx.scale, wanted, ctx.impl)
     of_patches, of_prompts = (grad if want else None for grad, want in zip(grads, wanted, strict=True))

@@ -21,15 +21,15 @@ def patch_statistics(
     """
     dtype = torch.promote_types(patches.dtype, torch.float32)
     logits = scale * torch.einsum("bpd,cd->bpc", patches.to(dtype), prompts.to(dtype))
-    classes = torch.arange(len(prompts), device=prompts.device)
-    # The lowest class among equal ones; amax would share the gradient among them.
-    first = torch.where(logits == logits.amax(-1, keepdim=True), classes, len(prompts) - 1).amin(-1, keepdim=True)
+    # The gradient goes to the first of several equal ones; that of amax would be shared among them.
+    maximum = logits.max(-1).values
     log_probability = logits.log_softmax(-1)
     finite = torch.where(logits == -torch.inf, 0, log_probability)
     entropy = -(log_probability.exp() * finite).sum(-1)
     rank = None
     if labels is not None:
+        classes = torch.arange(len(prompts), device=prompts.device)
         label = labels.long()[:, None, None]
         own = logits.gather(-1, label.expand(*logits.shape[:2], 1))
         rank = ((logits > own) | ((logits == own) & (classes < label))).sum(-1)
-    return logits.gather(-1, first).squeeze(-1), logits.logsumexp(-1), entropy, rank
+    return maximum, logits.logsumexp(-1), entropy, rank
