@@ -84,6 +84,61 @@ def _hangs_on_rounding(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[in
     return unsure
 
 
+@dataclass(frozen=True)
+class StatisticsInputs:
+    """Arguments of patch_statistics and the gradients of its results.
+
+    Attributes:
+        patches: (B, P, D).
+        prompts: (C, D).
+        scale: of the logits.
+        labels: (B,) int64.
+        grads: of maximum, logsumexp and entropy, (B, P) each; that of the maximum is zero wherever float32 rounding
+            alone could decide which class it is.
+    """
+
+    patches: Tensor
+    prompts: Tensor
+    scale: float
+    labels: Tensor
+    grads: tuple[Tensor, Tensor, Tensor]
+
+
+def draw_statistics_inputs(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    *,
+    scale: float = 1.0,
+    seed: int = 0,
+    ties: bool = False,
+    contiguous: bool = True,
+    device: torch.device | str = "cpu",
+) -> StatisticsInputs:
+    """Random inputs of patch_statistics, drawn in the precision of the test.
+
+    Args:
+        shape: (B, P, C, D).
+        dtype: of patches and prompts.
+        scale: of the logits.
+        seed: as in draw_inputs, like ties, contiguous and device.
+        ties: whether many logits are equal.
+        contiguous: whether the tensors are.
+        device: of the tensors.
+    """
+    B, P, C, D = shape
+    drawn = draw_inputs((B, P, 1, C, D), [[1]], dtype, seed=seed, ties=ties, contiguous=contiguous, device=device)
+    generator = torch.Generator().manual_seed(seed)
+    accumulator = torch.promote_types(dtype, torch.float32)
+    grads = torch.randn(3, B, P, generator=generator, dtype=accumulator).to(device)
+    labels = torch.randint(C, (B,), generator=generator).to(device)
+    if not ties and C > 1:
+        left, right = drawn.patches.double(), drawn.prompts[0].double()
+        first, second = (left @ right.T).topk(2).values.unbind(-1)
+        band = torch.finfo(torch.float32).eps * (left.abs() @ right.abs().T).amax(-1)
+        grads[0][first - second <= band] = 0
+    return StatisticsInputs(drawn.patches, drawn.prompts[0], scale, labels, tuple(grads))
+
+
 def assert_as_accurate(actual: Tensor, plain: Tensor, oracle: Tensor, terms: Tensor, what: str = "result") -> None:
     """Apply the error rule to every element.
 

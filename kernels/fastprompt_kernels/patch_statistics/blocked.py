@@ -155,9 +155,11 @@ def _extend(
     else:
         highest = logits.amax(-1)  # three times as fast
     highest = torch.maximum(peak, highest)
-    shift = (peak - highest).clamp_min_(LOWEST)
+    # Differences to minus infinity would be no numbers; so far the sums are 0 anyway.
+    anchor = torch.where(highest == -torch.inf, 0, highest)
+    shift = (peak - anchor).clamp_min_(LOWEST)
     kept = shift.exp()
-    difference = (logits - highest[..., None]).clamp_min_(LOWEST)
+    difference = (logits - anchor[..., None]).clamp_min_(LOWEST)
     terms = difference.exp()
     weighted = kept * (weighted + total * shift) + difference.mul_(terms).sum(-1)
     return highest, kept * total + terms.sum(-1), weighted, first

@@ -99,9 +99,11 @@ def _forward_kernel(
             here = tl.min(tl.where(logits == highest[:, None], c, C), 1)
             first = tl.where(highest > peak, here, first)
         highest = tl.maximum(peak, highest)
-        shift = _floor(peak - highest)
+        # Differences to minus infinity would be no numbers; so far the sums are 0 anyway.
+        anchor = tl.where(highest == float("-inf"), 0.0, highest)
+        shift = _floor(peak - anchor)
         kept = tl.exp(shift)
-        difference = _floor(logits - highest[:, None])
+        difference = _floor(logits - anchor[:, None])
         terms = tl.exp(difference)
         weighted = kept * (weighted + total * shift) + tl.sum(terms * difference, 1)
         total = kept * total + tl.sum(terms, 1)
