@@ -100,7 +100,7 @@ def test_error_rule(impl, inputs):
     check(inputs, impl)
 
 
-# One class; many images in a tile; one patch; as many classes as a tile holds; several slices of D and parts of the sum.
+# One class; many images in a tile; one patch; as many classes as a tile holds; D and the sum cut into parts.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 5, 1, 8), (150, 1, 3, 20), (1, 1, 257, 9), (2, 64, 128, 64), (1, 100, 5, 530)])
 def test_error_rule_of_the_kernels_at_the_borders(shape, dtype):
@@ -191,6 +191,8 @@ def test_logits_of_minus_infinity_have_no_probability(monkeypatch, impl, first):
     torch.testing.assert_close(statistics.entropy, torch.full((1, 2), log(300), device=DEVICE))
     assert statistics.maximum.tolist() == [[0, 0]]
     assert statistics.rank.tolist() == [[299 if first > 0 else 599] * 2]
+    nothing = patch_statistics(torch.ones(1, 2, 1, device=DEVICE), prompts[prompts < 0, None], impl=impl)
+    assert nothing.maximum.tolist() == nothing.logsumexp.tolist() == [[-torch.inf] * 2]
 
 
 @each_implementation
@@ -226,9 +228,10 @@ def test_results_are_the_same_bits_in_every_run_and_in_every_batch(impl, dtype):
 
 @pytest.mark.parametrize("size", [2.0**-20, 2.0**20])
 def test_gradients_that_float16_cannot_hold_on_the_way(size):
-    inputs = draw_statistics_inputs((2, 9, 300, 16), torch.float16, scale=2.0**-8, device=DEVICE)
-    prompts = inputs.prompts * (2**8 if size < 1 else 2**-8)
-    inputs = replace(inputs, prompts=prompts, grads=tuple(grad * size for grad in inputs.grads))
+    inputs = draw_statistics_inputs((2, 9, 300, 16), torch.float16, scale=0.25, device=DEVICE)
+    shift = 2**8 if size < 1 else 2**-8  # leaves the logits as they are, and brings the result back into range
+    patches, prompts = inputs.patches / shift, inputs.prompts * shift
+    inputs = replace(inputs, patches=patches, prompts=prompts, grads=tuple(grad * size for grad in inputs.grads))
     of_patches = run(inputs, "triton")[4]
     expected = run(inputs, "reference", torch.float64)[4]
     assert ((of_patches.double() - expected).norm() / expected.norm()).item() < 1e-3

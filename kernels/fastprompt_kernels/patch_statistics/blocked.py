@@ -48,9 +48,9 @@ def forward(
                 place, inside = _within(labels[images, None].expand(own.shape), classes)
                 own = torch.where(inside, logits.gather(-1, place[..., None]).squeeze(-1), own)
         peak, total, weighted, first = state
-        for statistic, value in zip(
-            statistics, (peak, peak + total.log(), total.log() - weighted / total), strict=True
-        ):
+        logarithm = total.log()
+        maximum = torch.where(total > 0, peak, logarithm)
+        for statistic, value in zip(statistics, (maximum, peak + logarithm, logarithm - weighted / total), strict=True):
             statistic[images] = value
         if keep:
             largest[images] = first
@@ -141,7 +141,8 @@ def _logits(rows: Tensor, prompts: Tensor, scale: float) -> Tensor:
 def _start(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What is carried from tile to tile, (images, P) each, before the first tile."""
     zeros = rows.new_zeros(rows.shape[:2])
-    return zeros - torch.inf, zeros, zeros, zeros.long()
+    # Not minus infinity, to which a difference may be no number.
+    return zeros + torch.finfo(rows.dtype).min, zeros, zeros, zeros.long()
 
 
 def _extend(
@@ -155,11 +156,9 @@ def _extend(
     else:
         highest = logits.amax(-1)  # three times as fast
     highest = torch.maximum(peak, highest)
-    # Differences to minus infinity would be no numbers; so far the sums are 0 anyway.
-    anchor = torch.where(highest == -torch.inf, 0, highest)
-    shift = (peak - anchor).clamp_min_(LOWEST)
+    shift = (peak - highest).clamp_min_(LOWEST)
     kept = shift.exp()
-    difference = (logits - anchor[..., None]).clamp_min_(LOWEST)
+    difference = (logits - highest[..., None]).clamp_min_(LOWEST)
     terms = difference.exp()
     weighted = kept * (weighted + total * shift) + difference.mul_(terms).sum(-1)
     return highest, kept * total + terms.sum(-1), weighted, first

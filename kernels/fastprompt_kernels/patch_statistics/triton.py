@@ -79,7 +79,8 @@ def _forward_kernel(
         label = tl.load(labels + row // P, mask=inside, other=0).to(tl.int32)[:, None]
         before = tl.zeros((BLOCK_R,), tl.int32)
 
-    peak = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    # Not minus infinity, to which a difference may be no number.
+    peak = tl.full((BLOCK_R,), -3.4e38, tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
     weighted = tl.zeros((BLOCK_R,), tl.float32)
     first = tl.zeros((BLOCK_R,), tl.int32)
@@ -99,17 +100,15 @@ def _forward_kernel(
             here = tl.min(tl.where(logits == highest[:, None], c, C), 1)
             first = tl.where(highest > peak, here, first)
         highest = tl.maximum(peak, highest)
-        # Differences to minus infinity would be no numbers; so far the sums are 0 anyway.
-        anchor = tl.where(highest == float("-inf"), 0.0, highest)
-        shift = _floor(peak - anchor)
+        shift = _floor(peak - highest)
         kept = tl.exp(shift)
-        difference = _floor(logits - anchor[:, None])
+        difference = _floor(logits - highest[:, None])
         terms = tl.exp(difference)
         weighted = kept * (weighted + total * shift) + tl.sum(terms * difference, 1)
         total = kept * total + tl.sum(terms, 1)
         peak = highest
 
-    tl.store(maximum + row, tl.where(total == total, peak, total), mask=inside)
+    tl.store(maximum + row, tl.where(total > 0, peak, tl.log(total)), mask=inside)
     tl.store(logsumexp + row, peak + tl.log(total), mask=inside)
     tl.store(entropy + row, tl.log(total) - weighted / total, mask=inside)
     if RANK:
@@ -181,12 +180,13 @@ def forward(
     statistics = [torch.empty(B, P, dtype=torch.float32, device=patches.device) for _ in range(3)]
     rank = torch.empty((B, P) if labels is not None else 0, dtype=torch.int64, device=patches.device)
     largest = torch.empty((B, P) if keep else 0, dtype=torch.int32, device=patches.device)
-    blocks = forward_blocks(patches.dtype)
+    index = _index_dtype(patches, prompts)
+    blocks = forward_blocks(patches.dtype, index)
     if B > 0:
         _forward_kernel[(triton.cdiv(B * P, blocks["BLOCK_R"]),)](
             patches, prompts, rank if labels is None else labels.contiguous(), *statistics, rank, largest, scale,
             B * P, P, C, D, *patches.stride(), *prompts.stride(),
-            KEEP=keep, RANK=labels is not None, DOT=_dot_dtype(patches.dtype), INDEX=_index_dtype(patches, prompts),
+            KEEP=keep, RANK=labels is not None, DOT=_dot_dtype(patches.dtype), INDEX=index,
             **blocks,
         )  # fmt: skip
     return *statistics, rank, largest
@@ -248,14 +248,19 @@ def _unit(grads: Tensor, dim: int | None) -> Tensor:
     return torch.ldexp(torch.ones_like(largest), largest.frexp().exponent)
 
 
-def forward_blocks(dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes and warps of the forward kernel.
+def forward_blocks(dtype: torch.dtype, index: tl.dtype) -> dict[str, int]:
+    """Tile sizes and warps of the forward kernel, for offsets of int32 or int64.
 
-    The largest square tile of tensor cores that spills on no target: a third stage of loads does on sm_80. A float32
-    product, whose operands are in registers, needs smaller blocks.
+    The largest square tiles that spill on no target: with more of D at a time, or a third stage of loads, some do. The
+    operands of a float32 product are in registers, and int64 offsets take more of them too.
     """
-    block, depth = (128, 32) if dtype.itemsize == 2 else (64, 16)
-    return {"BLOCK_R": block, "BLOCK_C": block, "BLOCK_D": depth, "num_warps": 8, "num_stages": 2}
+    if dtype.itemsize == 2:
+        blocks = {"BLOCK_R": 128, "BLOCK_C": 128, "BLOCK_D": 32}
+    elif index == tl.int32:
+        blocks = {"BLOCK_R": 64, "BLOCK_C": 64, "BLOCK_D": 16}
+    else:
+        blocks = {"BLOCK_R": 32, "BLOCK_C": 32, "BLOCK_D": 32}
+    return {**blocks, "num_warps": 8, "num_stages": 2}
 
 
 def backward_blocks(dtype: torch.dtype) -> dict[str, int]:
