@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from fastprompt_kernels import patch_statistics
 from torch import Tensor, nn
 
 from fastprompt.backbone import Backbone, ClassTokens, ImageFeatures
@@ -117,7 +118,9 @@ class Learner(nn.Module, ABC):
         if kind != "l-mcm":
             score = score - _largest_probability(features.pooled @ of_pooled.T)
         if kind != "mcm":
-            score = score - _largest_probability(self.local_features(features) @ of_patches.T).amax(dim=1)
+            patches = self.local_features(features)
+            statistics = patch_statistics(patches, of_patches)
+            score = score - (statistics.maximum - statistics.logsumexp).amax(dim=1).exp()
         return score
 
     def with_class_names(self, class_names: Sequence[str]) -> Learner:
