@@ -201,7 +201,12 @@ def why_not(device: torch.device, dtype: torch.dtype | None = None, P: int = 1) 
     return None
 
 
-def forward(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def saved_size(B: int, P: int, C: int, k: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of what is kept for the backward pass: one bit per patch and scale."""
+    return (B, sum(map(len, k)), C, (P + 31) // 32), torch.int32
+
+
+def forward(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]], keep: bool) -> tuple[Tensor, Tensor]:
     """The values and the packed selection of patches (B, P, D) for prompts (N, C, D), with the S scales of each in k.
 
     Returns:
@@ -210,7 +215,7 @@ def forward(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]]) -> tup
     """
     (B, P, D), (N, C, _), S = patches.shape, prompts.shape, len(k[0])
     values = torch.empty(B, N, C, dtype=torch.float32, device=patches.device)
-    selected = torch.empty(B, N * S, C, triton.cdiv(P, 32), dtype=torch.int32, device=patches.device)
+    selected = torch.empty(saved_size(B, P, C, k)[0], dtype=torch.int32, device=patches.device)
     if values.numel() == 0:
         return values, selected
     blocks = forward_blocks(P, patches.dtype)
@@ -222,7 +227,7 @@ def forward(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]]) -> tup
             SCALES=S, LOG_K=(max(scales) - 1).bit_length(), DOT=_dot_dtype(patches.dtype),
             INDEX=_index_dtype(patches, prompts, values, selected), **blocks,
         )  # fmt: skip
-    return values, selected
+    return values, selected if keep else selected.new_empty(0)
 
 
 def grad_patches(grad: Tensor, prompts: Tensor, selected: Tensor, k: Sequence[Sequence[int]], P: int) -> Tensor:
