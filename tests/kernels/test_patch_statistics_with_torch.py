@@ -33,12 +33,12 @@ def assert_same(actual, expected, patches, prompts, grads):
 @pytest.mark.parametrize(("impl", "dtype"), [("blocked", torch.float32), ("triton", torch.bfloat16)])
 def test_opcheck(impl, dtype):
     patches, prompts, labels, grads = make_inputs(dtype=dtype)
+    patches, prompts = patches.detach(), prompts.detach()
     arguments = (patches, prompts, 0.5, labels, True, impl)
     torch.library.opcheck(torch.ops.fastprompt.patch_statistics.default, arguments)
-    with torch.no_grad():
-        torch.library.opcheck(torch.ops.fastprompt.patch_statistics.default, (patches, prompts, 0.5, None, False, impl))
-        _, *saved, _, largest = torch.ops.fastprompt.patch_statistics(*arguments)
-    arguments = (grads, patches.detach(), prompts.detach(), *saved, largest, 0.5, [True, False], impl)
+    torch.library.opcheck(torch.ops.fastprompt.patch_statistics.default, (patches, prompts, 0.5, None, False, impl))
+    _, *saved, _, largest = torch.ops.fastprompt.patch_statistics(*arguments)
+    arguments = (grads, patches, prompts, *saved, largest, 0.5, [True, False], impl)
     torch.library.opcheck(torch.ops.fastprompt.patch_statistics_grad.default, arguments)
 
 
@@ -87,6 +87,14 @@ def test_functional_gradient_equals_that_of_autograd(impl):
         return patch_statistics(patches.detach(), prompts, impl=impl).entropy.sum()
 
     assert torch.equal(torch.func.grad(loss)(prompts.detach()), torch.autograd.grad(loss(prompts), prompts)[0])
+
+
+def test_second_gradient_is_refused():
+    patches, prompts, _, _ = make_inputs()
+    entropy = patch_statistics(patches, prompts).entropy
+    first = torch.autograd.grad(entropy.sum(), patches, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="differentiated again with impl='reference' only"):
+        first.sum().backward()
 
 
 @each_implementation

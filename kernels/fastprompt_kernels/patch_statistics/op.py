@@ -25,8 +25,10 @@ def patch_statistics(
     with torch.autocast(device, enabled=False):
         if impl == "reference":
             return reference.patch_statistics(patches, prompts, scale, labels)
+        # What only the backward pass needs is not written where there will be none.
         keep = torch.is_grad_enabled() and (patches.requires_grad or prompts.requires_grad)
-        *statistics, rank, _ = _forward(patches, prompts, scale, labels, keep, impl)
+        run = _PatchStatistics.apply if keep else _forward
+        *statistics, rank, _ = run(patches, prompts, scale, labels, keep, impl)
         return *statistics, None if labels is None else rank
 
 
@@ -65,20 +67,48 @@ def _(
     return patches.new_empty(patches.shape if wanted[0] else 0), prompts.new_empty(prompts.shape if wanted[1] else 0)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
-    patches, prompts, ctx.scale, _, _, ctx.impl = inputs
-    _, logsumexp, entropy, _, largest = output
-    ctx.save_for_backward(patches, prompts, logsumexp, entropy, largest)
+class _PatchStatistics(torch.autograd.Function):
+    """The operator with its gradient. Not registered with the operator: torch.func.grad could not pass then."""
+
+    @staticmethod
+    def forward(
+        patches: Tensor, prompts: Tensor, scale: float, labels: Tensor | None, keep: bool, impl: str
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return _forward(patches, prompts, scale, labels, keep, impl)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+        patches, prompts, ctx.scale, _, _, ctx.impl = inputs
+        _, logsumexp, entropy, rank, largest = output
+        ctx.wanted = list(ctx.needs_input_grad[:2])
+        ctx.mark_non_differentiable(rank, largest)
+        ctx.save_for_backward(patches, prompts, logsumexp, entropy, largest)
+
+    @staticmethod
+    def backward(ctx, of_maximum, of_logsumexp, of_entropy, *_):  # noqa: ANN001, ANN002, ANN205
+        grads = of_maximum, of_logsumexp, of_entropy
+        return *_Gradients.apply(*grads, *ctx.saved_tensors, ctx.scale, ctx.wanted, ctx.impl), None, None, None, None
 
 
-def _backward(ctx, of_maximum, of_logsumexp, of_entropy, *_):  # noqa: ANN001, ANN002, ANN202
-    wanted = list(ctx.needs_input_grad[:2])
-    grads = _grad([of_maximum, of_logsumexp, of_entropy], *ctx.saved_tensors, ctx.scale, wanted, ctx.impl)
-    of_patches, of_prompts = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
-    return of_patches, of_prompts, None, None, None, None
+class _Gradients(torch.autograd.Function):
+    """Those gradients of the operator that are wanted."""
 
+    @staticmethod
+    def forward(
+        of_maximum: Tensor, of_logsumexp: Tensor, of_entropy: Tensor, patches: Tensor, prompts: Tensor,
+        logsumexp: Tensor, entropy: Tensor, largest: Tensor, scale: float, wanted: list[bool], impl: str,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        grads = [of_maximum, of_logsumexp, of_entropy]
+        of_patches, of_prompts = _grad(grads, patches, prompts, logsumexp, entropy, largest, scale, wanted, impl)
+        return of_patches if wanted[0] else None, of_prompts if wanted[1] else None
 
-_forward.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):  # noqa: ANN001, ANN002, ANN205
+        raise RuntimeError("the gradient of patch_statistics can be differentiated again with impl='reference' only")
 
 
 def _implementation(impl: str, like: Tensor) -> ModuleType:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..topk_similarity.triton import _dot_dtype, _index_dtype
+from ..triton_types import dot_dtype, index_dtype
 
 # The programs that the gradient of the prompts is cut into: about as many as a large GPU has multiprocessors. More
 # would cost memory, one partial sum each.
@@ -180,13 +180,13 @@ def forward(
     statistics = [torch.empty(B, P, dtype=torch.float32, device=patches.device) for _ in range(3)]
     rank = torch.empty((B, P) if labels is not None else 0, dtype=torch.int64, device=patches.device)
     largest = torch.empty((B, P) if keep else 0, dtype=torch.int32, device=patches.device)
-    index = _index_dtype(patches, prompts)
+    index = index_dtype(patches, prompts)
     blocks = forward_blocks(patches.dtype, index)
     if B > 0:
         _forward_kernel[(triton.cdiv(B * P, blocks["BLOCK_R"]),)](
             patches, prompts, rank if labels is None else labels.contiguous(), *statistics, rank, largest, scale,
             B * P, P, C, D, *patches.stride(), *prompts.stride(),
-            KEEP=keep, RANK=labels is not None, DOT=_dot_dtype(patches.dtype), INDEX=index,
+            KEEP=keep, RANK=labels is not None, DOT=dot_dtype(patches.dtype), INDEX=index,
             **blocks,
         )  # fmt: skip
     return *statistics, rank, largest
@@ -237,7 +237,7 @@ def _gradient(mine: Tensor, others: Tensor, saved: Sequence[Tensor], scale: floa
         mine, others, grads / unit, unit, *statistics, result, scale,
         rows, others_outer * others_inner, steps * blocks["BLOCK_OTHERS"], D,
         inner, *mine.stride(), others_inner, *others.stride(), int(unit.ndim > 0),
-        PATCHES=of == "patches", DOT=_dot_dtype(mine.dtype), INDEX=_index_dtype(mine, others, result), **blocks,
+        PATCHES=of == "patches", DOT=dot_dtype(mine.dtype), INDEX=index_dtype(mine, others, result), **blocks,
     )  # fmt: skip
     return result[0] if splits == 1 else result.sum(0).to(mine.dtype)
 
