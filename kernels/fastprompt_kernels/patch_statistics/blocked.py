@@ -33,33 +33,39 @@ def forward(
         labels; largest (B, P) int32, the class of the maximum, (0,) without keep.
     """
     (B, P, _), dtype = patches.shape, torch.promote_types(patches.dtype, torch.float32)
-    statistics = [torch.empty(B, P, dtype=dtype, device=patches.device) for _ in range(3)]
-    rank = torch.empty((B, P) if labels is not None else 0, dtype=torch.int64, device=patches.device)
-    largest = torch.empty((B, P) if keep else 0, dtype=torch.int32, device=patches.device)
+    results = [torch.empty(B, P, dtype=dtype, device=patches.device) for _ in range(3)]
+    results.append(torch.empty((B, P) if labels is not None else 0, dtype=torch.int64, device=patches.device))
+    results.append(torch.empty((B, P) if keep else 0, dtype=torch.int32, device=patches.device))
     prompts = prompts.to(dtype)
     for images, tiles in _tiles(patches, prompts):
-        rows = patches[images].to(dtype)
-        state = _start(rows)
-        own = rows.new_full(rows.shape[:2], -torch.inf)
-        for classes in tiles:
-            logits = _logits(rows, prompts[classes], scale)
-            state = _extend(state, logits, classes.start, keep)
-            if labels is not None:
-                place, inside = _within(labels[images, None].expand(own.shape), classes)
-                own = torch.where(inside, logits.gather(-1, place[..., None]).squeeze(-1), own)
-        peak, total, weighted, first = state
-        logarithm = total.log()
-        maximum = torch.where(total > 0, peak, logarithm)
-        for statistic, value in zip(statistics, (maximum, peak + logarithm, logarithm - weighted / total), strict=True):
-            statistic[images] = value
-        if keep:
-            largest[images] = first
+        own_labels = None if labels is None else labels[images]
+        parts = _of_images(patches[images].to(dtype), prompts, tiles, scale, own_labels, keep)
+        for result, part in zip(results, parts, strict=True):
+            if part is not None:
+                result[images] = part
+    return tuple(results)
+
+
+def _of_images(
+    rows: Tensor, prompts: Tensor, tiles: Sequence[slice], scale: float, labels: Tensor | None, keep: bool
+) -> tuple[Tensor | None, ...]:
+    """What `forward` returns, for as many images as a tile holds; None for what is not asked for."""
+    state, rank = _start(rows), None
+    own = rows.new_full(rows.shape[:2], -torch.inf)
+    for classes in tiles:
+        logits = _logits(rows, prompts[classes], scale)
+        state = _extend(state, logits, classes.start, keep)
         if labels is not None:
-            rank[images] = _before(logits, own, labels[images], tiles[-1])  # the last tile is still at hand
-            for classes in tiles[:-1]:
-                logits = _logits(rows, prompts[classes], scale)
-                rank[images] += _before(logits, own, labels[images], classes)
-    return *statistics, rank, largest
+            place, inside = _within(labels[:, None].expand(own.shape), classes)
+            own = torch.where(inside, logits.gather(-1, place[..., None]).squeeze(-1), own)
+    if labels is not None:
+        rank = _before(logits, own, labels, tiles[-1])  # the last tile is still at hand
+        for classes in tiles[:-1]:
+            rank += _before(_logits(rows, prompts[classes], scale), own, labels, classes)
+    peak, total, weighted, first = state
+    logarithm = total.log()
+    maximum = torch.where(total > 0, peak, logarithm)
+    return maximum, peak + logarithm, logarithm - weighted / total, rank, first if keep else None
 
 
 def backward(
@@ -95,14 +101,12 @@ def backward(
     texts = prompts.to(dtype)
     for images, tiles in _tiles(patches, texts):
         rows = patches[images].to(dtype)
-        of_maximum, of_logsumexp, of_entropy = (scale * grad[images] for grad in grads)
+        scaled = [scale * grad[images] for grad in grads]
         for classes in tiles:
-            logits = _logits(rows, texts[classes], scale).sub_(logsumexp[images, :, None])
-            weights = logits.exp()
-            logits.add_(entropy[images, :, None]).mul_(-of_entropy[..., None]).add_(of_logsumexp[..., None])
-            weights.mul_(logits)
+            logits = _logits(rows, texts[classes], scale)
+            weights = _logit_grad(logits, scaled, logsumexp[images], entropy[images])
             place, inside = _within(largest[images], classes)
-            weights.scatter_add_(-1, place[..., None], (of_maximum * inside)[..., None])
+            weights.scatter_add_(-1, place[..., None], (scaled[0] * inside)[..., None])
             if wanted[0]:
                 matrix, kept = texts[classes].expand(len(rows), -1, -1), int(classes.start > 0)
                 torch.baddbmm(of_patches[images], weights, matrix, beta=kept, out=of_patches[images])
@@ -162,6 +166,14 @@ def _extend(
     terms = difference.exp()
     weighted = kept * (weighted + total * shift) + difference.mul_(terms).sum(-1)
     return highest, kept * total + terms.sum(-1), weighted, first
+
+
+def _logit_grad(logits: Tensor, grads: Sequence[Tensor], logsumexp: Tensor, entropy: Tensor) -> Tensor:
+    """The gradient of a tile of logits, which are overwritten, but for the one of the maximum."""
+    _, of_logsumexp, of_entropy = (grad[..., None] for grad in grads)
+    logits.sub_(logsumexp[..., None])
+    probability = logits.exp()
+    return probability.mul_(logits.add_(entropy[..., None]).mul_(-of_entropy).add_(of_logsumexp))
 
 
 def _within(index: Tensor, classes: slice) -> tuple[Tensor, Tensor]:

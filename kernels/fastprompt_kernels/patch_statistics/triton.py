@@ -50,7 +50,7 @@ def _products(
 
 
 @triton.jit
-def _forward_kernel(
+def statistics_kernel(
     patches, prompts, labels, maximum, logsumexp, entropy, rank, largest, scale,
     ROWS, P, C, D,
     stride_patches_b, stride_patches_p, stride_patches_d, stride_prompts_c, stride_prompts_d,
@@ -132,7 +132,7 @@ def _logit_grad(logits, grads, logsumexp, entropy, largest, row, c, ROWS, C):
 
 
 @triton.jit
-def _grad_kernel(
+def statistics_grad_kernel(
     mine, others, grads, unit, logsumexp, entropy, largest, result, scale,
     MINE, OTHERS, PER_SPLIT, D,
     MINE_INNER, stride_mine_outer, stride_mine_inner, stride_mine_d,
@@ -183,7 +183,7 @@ def forward(
     index = index_dtype(patches, prompts)
     blocks = forward_blocks(patches.dtype, index)
     if B > 0:
-        _forward_kernel[(triton.cdiv(B * P, blocks["BLOCK_R"]),)](
+        statistics_kernel[(triton.cdiv(B * P, blocks["BLOCK_R"]),)](
             patches, prompts, rank if labels is None else labels.contiguous(), *statistics, rank, largest, scale,
             B * P, P, C, D, *patches.stride(), *prompts.stride(),
             KEEP=keep, RANK=labels is not None, DOT=dot_dtype(patches.dtype), INDEX=index,
@@ -233,7 +233,7 @@ def _gradient(mine: Tensor, others: Tensor, saved: Sequence[Tensor], scale: floa
     steps = triton.cdiv(triton.cdiv(others_outer * others_inner, splits), blocks["BLOCK_OTHERS"])
     splits = triton.cdiv(others_outer * others_inner, steps * blocks["BLOCK_OTHERS"])
     result = mine.new_empty(splits, rows, D, dtype=mine.dtype if splits == 1 else torch.float32)
-    _grad_kernel[(*tiles, splits)](
+    statistics_grad_kernel[(*tiles, splits)](
         mine, others, grads / unit, unit, *statistics, result, scale,
         rows, others_outer * others_inner, steps * blocks["BLOCK_OTHERS"], D,
         inner, *mine.stride(), others_inner, *others.stride(), int(unit.ndim > 0),
