@@ -84,6 +84,8 @@ def test_gallop_ood_scores_follow_gl_mcm(gallop, features):
         patches = (gallop.local_features(features) @ text[3:].mean(0).T).softmax(-1).amax((1, 2))
     for kind, expected in (("mcm", -pooled), ("l-mcm", -patches), ("gl-mcm", -(pooled + patches))):
         torch.testing.assert_close(gallop.ood_score(features, kind), expected, rtol=0, atol=1e-6)
+        with torch.inference_mode():
+            torch.testing.assert_close(gallop.ood_score(features, kind), expected, rtol=0, atol=1e-6)
     with pytest.raises(InputError, match="kind: expected one of mcm, l-mcm, gl-mcm, got 'energy'"):
         gallop.ood_score(features, "energy")
 
