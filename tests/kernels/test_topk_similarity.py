@@ -281,7 +281,6 @@ def test_blocked_cuts_the_similarity_into_tiles(monkeypatch, one_thread, k):
     whole = run(inputs, "blocked")
     for name, value in {"TILE_BYTES": 7 * 64 * 4, "FEATURE_BYTES": 3 * 64 * 8 * 4, "ENTRIES": 999}.items():
         monkeypatch.setattr(blocked, name, value)
-    monkeypatch.setattr(blocked, "FEWEST_CLASSES", 1)
     with Seen() as seen:  # sees what happens in this thread
         selected = blocked.forward(inputs.patches, inputs.prompts, inputs.k, keep=True)[1]
         blocked.grad_patches(inputs.grad, inputs.prompts, selected, inputs.k, 64)

@@ -6,11 +6,14 @@ the backward pass are the selected patches themselves. They are few, so both gra
 they are many, a matrix product is faster and is used instead.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from itertools import accumulate, product
+from queue import SimpleQueue
 from threading import Barrier
 
 import numpy as np
@@ -23,13 +26,12 @@ TILE_BYTES = 5 * 2**19
 # Bytes of the features that one tile sums: they are read many times and should stay in a core's second-level cache.
 FEATURE_BYTES = 2**21
 # How many selected patches a sum takes at once. Beyond 2^15 torch sorts integers by radix, several times faster.
-ENTRIES = 2**16
-# Fewer classes make a matrix product inefficient, so a core is left idle instead.
-FEWEST_CLASSES = 64
+ENTRIES = 5 * 2**13
 # Where a larger share of the similarities is selected, a dense matrix product is faster than sums of features.
 DENSE_SHARE = 1 / 8
 
 Scales = Sequence[Sequence[int]]
+Scratch = tuple[Tensor, Tensor, Tensor]
 
 
 def saved_size(B: int, P: int, C: int, k: Scales) -> tuple[tuple[int, ...], torch.dtype]:
@@ -52,24 +54,33 @@ def forward(patches: Tensor, prompts: Tensor, k: Scales, keep: bool) -> tuple[Te
         and class k patches of the first scale of the first prompt in ascending order, then those of the next scale.
         Without keep it is empty.
     """
-    (B, P, _), (N, C, _) = patches.shape, prompts.shape
+    (B, P, _), (N, C, _), prompts = patches.shape, prompts.shape, prompts.contiguous()
     dtype = torch.promote_types(patches.dtype, torch.float32)
     size, kind = saved_size(B, P, C, k)
     values = torch.empty(B, N, C, dtype=dtype, device=patches.device)
     selected = torch.empty(size if keep else 0, dtype=kind, device=patches.device)
 
-    def fill(images: slice, classes: slice) -> None:
-        scores = _scores(patches[images], prompts[:, classes], dtype)
-        select = _select_in_numpy if scores.device.type == "cpu" else _select
-        select(scores, values[images, :, classes], selected[images, classes] if keep else None, k)
+    # Rows are cut alike for every batch: what is computed for an image does not depend on the others.
+    rows_at_once = max(1, min(N * C, TILE_BYTES // (P * dtype.itemsize)))
+    images_at_once = max(1, min(TILE_BYTES // (rows_at_once * P * dtype.itemsize), -(-B // torch.get_num_threads())))
+    starts = list(accumulate(map(sum, k), initial=0))
+    select = _select_in_numpy if patches.device.type == "cpu" else _select
 
-    # Classes are cut alike for every batch: what is computed for an image does not depend on the others.
-    threads, room = torch.get_num_threads(), max(1, TILE_BYTES // (N * P * dtype.itemsize))
-    classes_at_once = min(C, room, max(FEWEST_CLASSES, -(-C // threads)))
-    images_at_once = min(room // max(classes_at_once, 1), -(-B // threads))
-    tiles = [(images, classes) for classes in _parts(C, classes_at_once) for images in _parts(B, images_at_once)]
+    def scratch() -> Scratch:
+        scores = torch.empty(images_at_once * rows_at_once * P, dtype=dtype, device=patches.device)
+        ranked = torch.empty(images_at_once * min(C, rows_at_once) * P, dtype=dtype, device=patches.device)
+        return scores, ranked, torch.empty_like(ranked, dtype=torch.bool)
+
+    def fill(images: slice, rows: slice, scratch: Scratch) -> None:
+        scores = _scores(patches[images].to(dtype), prompts.view(N * C, -1)[rows].to(dtype), scratch[0])
+        for n, classes in _prompts_of(rows, C):
+            of_prompt = scores[:, n * C + classes.start - rows.start :][:, : classes.stop - classes.start]
+            taken = selected[images, classes, starts[n] : starts[n + 1]] if keep else None
+            select(of_prompt, values[images, n, classes], taken, k[n], *scratch[1:])
+
+    tiles = list(product(_parts(B, images_at_once), _parts(N * C, rows_at_once)))
     with _exact_bfloat16_products(patches):
-        _on_all_cores(fill, tiles, patches.device)
+        _on_all_cores(fill, tiles, scratch, patches.device)
     return values, selected
 
 
@@ -77,14 +88,17 @@ def grad_patches(grad: Tensor, prompts: Tensor, selected: Tensor, k: Scales, P: 
     """The gradient (B, P, D) in the inputs' dtype, from that of the values (B, N, C)."""
     (B, N, C), D = grad.shape, prompts.shape[2]
     result = torch.zeros(B, P, D, dtype=grad.dtype, device=grad.device)
-    dense = _is_dense(k, P)
+    features, dense = prompts.to(grad.dtype), _is_dense(k, P)
     for classes in _parts(C, FEATURE_BYTES // (N * D * grad.itemsize)):
-        features = prompts[:, classes].to(grad.dtype).reshape(-1, D)
-        room = TILE_BYTES // (P * grad.itemsize) if dense else ENTRIES * N // selected.shape[2]
-        for images in _parts(B, room // len(features)):
+        count = classes.stop - classes.start
+        room = TILE_BYTES // (N * count * P * grad.itemsize) if dense else ENTRIES // (count * selected.shape[2])
+        for images in _parts(B, room):
             tile = selected[images, classes], grad[images, :, classes]
-            total = _weights(*tile, k, P).mT @ features if dense else _sums_of_prompts(*tile, features, k, P)
-            result[images] += total.view(-1, P, D)
+            # No name for the summand: it would still be there while the next one is computed.
+            if dense:
+                result[images] += (_weights(*tile, k, P).mT @ features[:, classes].flatten(0, 1)).view(-1, P, D)
+            else:
+                result[images] += _sums_of_prompts(*tile, features, classes.start, k, P)
     return result.to(prompts.dtype)
 
 
@@ -111,23 +125,32 @@ def _parts(length: int, at_once: int) -> Iterator[slice]:
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
-def _on_all_cores(function: Callable[..., None], tiles: Sequence[tuple[slice, ...]], device: torch.device) -> None:
+def _prompts_of(rows: slice, C: int) -> Iterator[tuple[int, slice]]:
+    """The prompts, and of each the classes, whose similarities lie in some rows of all prompts' classes."""
+    for n in range(rows.start // C, -(-rows.stop // C)):
+        yield n, slice(max(rows.start - n * C, 0), min(rows.stop - n * C, C))
+
+
+def _on_all_cores(
+    function: Callable[..., None], tiles: Sequence[tuple], scratch: Callable[[], Scratch], device: torch.device
+) -> None:
     """Call the function for every tile; on a processor in one thread a core, each of which computes alone.
 
-    Torch's own threads would meet after every operation, which costs more than a small tile takes.
+    Torch's own threads would meet after every operation, which costs more than a small tile takes. Scratch memory is
+    taken here, because what a thread takes for itself stays with it.
     """
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
-        for tile in tiles:
-            function(*tile)
-        return
-    inference = torch.is_inference_mode_enabled()
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    free, inference = SimpleQueue(), torch.is_inference_mode_enabled()
+    for _ in range(min(threads, len(tiles))):
+        free.put(scratch())
 
-    def run(tile: tuple[slice, ...]) -> None:
-        with torch.inference_mode(inference), torch.no_grad():  # these, too, hold for one thread
-            function(*tile)
+    def run(tile: tuple) -> None:
+        memory = free.get()
+        with torch.inference_mode(inference), torch.no_grad():  # these hold for one thread
+            function(*tile, memory)
+        free.put(memory)
 
-    for _ in _cores(threads).map(run, tiles):
+    for _ in map(run, tiles) if threads == 1 else _cores(threads).map(run, tiles):
         pass
 
 
@@ -148,15 +171,15 @@ def _cores(count: int) -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_cores.cache_clear)
 
 
-def _scores(patches: Tensor, prompts: Tensor, dtype: torch.dtype) -> Tensor:
-    """The similarities (images, N, classes, P) in the accumulator's dtype.
+def _scores(patches: Tensor, prompts: Tensor, scratch: Tensor) -> Tensor:
+    """The similarities (images, rows, P) of patches (images, P, D) and prompts (rows, D).
 
     One product an image, so that an image's results do not depend on the others in its batch.
     """
-    rows, columns = prompts.to(dtype).reshape(-1, prompts.shape[2]), patches.to(dtype).mT
-    scores = torch.empty(len(patches), *prompts.shape[:2], patches.shape[1], dtype=dtype, device=patches.device)
-    for image, out in zip(columns, scores.flatten(1, 2), strict=True):
-        torch.mm(rows, image, out=out)
+    size = len(patches), len(prompts), patches.shape[1]
+    scores = scratch[: math.prod(size)].view(size)
+    for image, out in zip(patches, scores, strict=True):
+        torch.mm(prompts, image.mT, out=out)
     return scores
 
 
@@ -174,45 +197,45 @@ def _exact_bfloat16_products(inputs: Tensor) -> Iterator[None]:
         settings.fp32_precision = before
 
 
-def _select(scores: Tensor, values: Tensor, selected: Tensor | None, k: Scales) -> None:
-    """Fill values (images, N, classes) and the selected patches (images, classes, sum of all k) of one tile."""
+def _select(scores: Tensor, values: Tensor, selected: Tensor | None, scales: Sequence[int], *scratch: Tensor) -> None:
+    """Fill values (images, classes) and the selected patches (images, classes, sum of the scales) of one prompt."""
     ranked, patch = scores.sort(dim=-1, descending=True, stable=True)
-    start = 0
-    for n, scales in enumerate(k):
-        values[:, n] = sum(ranked[:, n, :, :scale].mean(-1) for scale in scales) / len(scales)
-        for scale in scales if selected is not None else ():
-            selected[:, :, start : start + scale] = patch[:, n, :, :scale]
-            start += scale
+    values.copy_(sum(ranked[..., :scale].mean(-1) for scale in scales) / len(scales))
+    if selected is not None:
+        selected.copy_(torch.cat([patch[..., :scale] for scale in scales], dim=-1))
 
 
-def _select_in_numpy(scores: Tensor, values: Tensor, selected: Tensor | None, k: Scales) -> None:
+def _select_in_numpy(
+    scores: Tensor, values: Tensor, selected: Tensor | None, scales: Sequence[int], ranked: Tensor, chosen: Tensor
+) -> None:
     """As `_select`, but numpy sorts without Python's lock, and with the processor's vector instructions."""
-    rows, P, start = scores.numpy(), scores.shape[-1], 0
-    for n, scales in enumerate(k):
-        ranked = np.sort(rows[:, n], axis=-1)
-        values[:, n] = torch.from_numpy(sum(ranked[..., P - scale :].mean(-1) for scale in scales) / len(scales))
-        for scale in scales if selected is not None else ():
-            patch = _largest(rows[:, n], ranked[..., P - scale], scale)
-            selected[:, :, start : start + scale] = torch.from_numpy(patch)
-            start += scale
+    P, ranked = scores.shape[-1], ranked[: scores.numel()].view(scores.shape).copy_(scores)
+    ranked.numpy().sort(axis=-1)
+    values.copy_(sum(ranked[..., P - scale :].mean(-1) for scale in scales) / len(scales))
+    start, chosen = 0, chosen[: scores.numel()].view(-1, P).numpy()
+    for scale in scales if selected is not None else ():
+        patch = _largest(scores.numpy(), ranked[..., P - scale, None].numpy(), scale, chosen)
+        selected[..., start : start + scale] = torch.from_numpy(patch)
+        start += scale
 
 
-def _largest(rows: np.ndarray, last: np.ndarray, count: int) -> np.ndarray:
+def _largest(rows: np.ndarray, last: np.ndarray, count: int, chosen: np.ndarray) -> np.ndarray:
     """The places of the count largest entries of every row, of which `last` is the smallest; the first of equals."""
     P = rows.shape[-1]
     # Written as "not smaller" so that not-a-number is among the largest, and no row has fewer than count.
-    chosen = np.less(rows, last[..., None]).reshape(-1, P)
+    np.less(rows, last, out=chosen.reshape(rows.shape))
     np.logical_not(chosen, out=chosen)
     places = np.flatnonzero(chosen)
     if len(places) > len(chosen) * count:
         too_many = chosen.sum(-1) > count
         backwards = rows.reshape(-1, P)[too_many, ::-1].argsort(axis=-1, kind="stable")
-        chosen[too_many] = False
-        first = np.zeros_like(chosen[too_many])
+        first = np.zeros(backwards.shape, dtype=bool)
         np.put_along_axis(first, P - 1 - backwards[:, P - count :], True, axis=-1)
         chosen[too_many] = first
         places = np.flatnonzero(chosen)
-    return (places.reshape(-1, count) - P * np.arange(len(chosen))[:, None]).reshape(*rows.shape[:-1], count)
+    places = places.reshape(-1, count)
+    places -= P * np.arange(len(chosen))[:, None]
+    return places.reshape(*rows.shape[:-1], count)
 
 
 def _is_dense(k: Scales, P: int) -> bool:
@@ -224,23 +247,24 @@ def _levels(k: Scales) -> list[tuple[int, int, float]]:
     return [(n, scale, 1 / (scale * len(scales))) for n, scales in enumerate(k) for scale in scales]
 
 
-def _sums_of_prompts(selected: Tensor, grad: Tensor, prompts: Tensor, k: Scales, P: int) -> Tensor:
-    """For every patch of a tile (images * P, D): the weighted sum of the prompts (N * classes, D) that selected it."""
-    images, classes, _ = selected.shape
+def _sums_of_prompts(selected: Tensor, grad: Tensor, prompts: Tensor, first_class: int, k: Scales, P: int) -> Tensor:
+    """For every patch of a tile (images, P, D): the weighted sum of those of all prompts (N, C, D) that selected it."""
+    (images, classes, _), (_, C, D) = selected.shape, prompts.shape
     prompt, scale, weight = (torch.tensor(column, device=grad.device) for column in zip(*_levels(k), strict=True))
     prompt, weight = prompt.repeat_interleave(scale), weight.to(grad.dtype).repeat_interleave(scale)
     weights = grad.mT.index_select(2, prompt).mul_(weight)
-    rows = (prompt * classes + torch.arange(classes, device=grad.device)[:, None]).expand(images, -1, -1)
+    rows = prompt * C + first_class + torch.arange(classes, device=grad.device)[:, None]
     patch = torch.arange(images * P, dtype=torch.int16 if images * P < 2**15 else torch.int32, device=grad.device)
     # The order is stable, so a patch's prompts are added in the same order whatever images come with it.
     keys, order = (selected + patch[::P, None, None]).flatten().sort(stable=True)
-    return F.embedding_bag(
-        rows.flatten().index_select(0, order),
-        prompts,
+    sums = F.embedding_bag(
+        rows.expand(images, -1, -1).flatten().index_select(0, order),
+        prompts.flatten(0, 1),
         torch.searchsorted(keys, patch),
         mode="sum",
         per_sample_weights=weights.flatten().index_select(0, order),
     )
+    return sums.view(images, P, D)
 
 
 def _add_sums_of_patches(result: Tensor, selected: Tensor, grad: Tensor, patches: Tensor, k: Scales) -> None:
