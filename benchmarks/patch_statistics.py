@@ -68,15 +68,19 @@ def statistics_fastprompt(patches: Tensor, prompts: Tensor, impl: str = "auto") 
 def build(shape: Shape, device: torch.device) -> Case:
     """``impl="auto"`` beside its peers: the score for inference, all three statistics with gradients."""
     torch.compiler.reset()
-    dense, best, ours = computations(shape["pass"])
-    functions = {
+    return case(shape, device, peers(shape["pass"]))
+
+
+def peers(direction: str) -> dict[str, Statistics]:
+    """What the field runs today, by name, for one pass."""
+    dense, best, ours = computations(direction)
+    return {
         "dense eager": dense,
         "best eager": best,
         "fastprompt": ours,
         "dense compiled": compiled(dense),
         "best compiled": compiled(best),
     }
-    return case(shape, device, functions)
 
 
 def computations(direction: str) -> tuple[Statistics, Statistics, Statistics]:
@@ -101,7 +105,9 @@ def case(shape: Shape, device: torch.device, chosen: Mapping[str, Statistics]) -
         baseline=next(iter(chosen)),
         truth=truth,
         tolerance=TOLERANCE[shape["dtype"]],
-        floors=similarity.floors(patches, prompts, [tensor.to(patches.dtype) for tensor in truth()]),
+        floors=similarity.floors(
+            shape, patches, prompts, patches[..., 0].numel() * (1 if grads is None else len(grads))
+        ),
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import NullFormatter, NullLocator
 
 from benchmarks.measure import Benchmark
 from benchmarks.results import read_rows
@@ -70,7 +70,7 @@ def _swept(benchmark: Benchmark, shape: list[str], axis: str, rows: Rows) -> Row
 def _figure(title: str, shape: list[str], found: list[tuple[str, Rows]]) -> Figure:
     """A column of panels for each swept parameter, a row for each measure that any of the rows has."""
     measures = [one for one in _MEASURES if any(row[one[0]] for _, rows in found for row in rows)]
-    names = list(dict.fromkeys(row["implementation"] for _, rows in found for row in rows))
+    names = list(dict.fromkeys(name for axis, rows in found for name in _grown(axis, rows)))
     looks = dict(zip(names, _looks(names), strict=True))
     figure = new_figure(1.2 + 2.9 * max(len(found), 2), 1.1 + 2.5 * len(measures))
     figure.set_layout_engine("constrained")
@@ -79,9 +79,8 @@ def _figure(title: str, shape: list[str], found: list[tuple[str, Rows]]) -> Figu
     for line, (column, label, with_floors) in zip(panels, measures, strict=True):
         line[0].set_ylabel(label, fontsize=8, color=INK)
         for axes, (axis, rows) in zip(line, found, strict=True):
-            _panel(
-                axes, axis, column, rows, [name for name in names if with_floors or not _is_floor(name)], list(names)
-            )
+            drawn = {name: look for name, look in looks.items() if with_floors or not _is_floor(name)}
+            _panel(axes, axis, column, rows, drawn)
     for axes, (axis, rows) in zip(panels[0], found, strict=True):
         others = [name for name in shape if name not in ("dtype", "pass", "names", axis)]
         axes.set_title(", ".join(f"{name}={rows[-1][name]}" for name in others), fontsize=8, color=INK)
@@ -90,11 +89,20 @@ def _figure(title: str, shape: list[str], found: list[tuple[str, Rows]]) -> Figu
     return figure
 
 
+def _grown(axis: str, rows: Rows) -> list[str]:
+    """The implementations measured with more than one value of the axis: what was measured once shows no growth."""
+    names = dict.fromkeys(row["implementation"] for row in rows)
+    return [name for name in names if len({row[axis] for row in rows if row["implementation"] == name}) > 1]
+
+
 def _panel(axes: Axes, axis: str, column: str, rows: Rows, drawn: dict[str, dict[str, str]]) -> None:
     style_axes(axes)
     axes.set_xscale("log")
-    # What needs no memory of its own stands on the axis.
-    axes.set_yscale("symlog" if column == "extra_memory_mb" else "log")
+    if column != "over_floor":  # what needs no memory of its own stands on the axis
+        axes.set_yscale("symlog" if column == "extra_memory_mb" else "log")
+    axes.tick_params(which="minor", colors=INK)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(_AXES[axis], fontsize=8, color=INK)
     ticks = sorted({int(row[axis]) for row in rows})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -107,6 +115,8 @@ def _panel(axes: Axes, axis: str, column: str, rows: Rows, drawn: dict[str, dict
         if column == "median_ms":
             low, high = ([float(row[key]) for _, row in points] for key in ("p20_ms", "p80_ms"))
             axes.fill_between(x, low, high, color=look["color"], alpha=0.2, linewidth=0)
+    if column == "over_floor":
+        axes.set_ylim(bottom=0)
 
 
 def _looks(names: list[str]) -> Iterator[dict[str, str]]:

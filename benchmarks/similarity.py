@@ -47,25 +47,26 @@ def run(function: Function, patches: Tensor, prompts: Tensor, grads: Sequence[Te
     return forward if grads is None else forward_backward
 
 
-def floors(patches: Tensor, prompts: Tensor, results: Sequence[Tensor]) -> Mapping[str, Callable[[], object]]:
+def floors(shape: Shape, patches: Tensor, prompts: Tensor, values: int) -> Mapping[str, Callable[[], object]]:
     """The least work of a method that makes the dense similarity, and of any method that reads and writes its tensors.
 
     Args:
+        shape: whose pass is forward, with one product, or forward and backward, with three of them.
         patches: (B, P, D).
         prompts: (..., D).
-        results: what the computation returns; where gradients are among them, there are two more products.
+        values: how many numbers the computation returns, gradients not counted.
     """
     left, right = prompts.reshape(-1, prompts.shape[-1]), patches.flatten(0, 1)
+    training = shape["pass"] == TRAINING
     product = torch.empty(len(left), len(right), dtype=left.dtype, device=left.device)
     grad_left, grad_right = torch.empty_like(left), torch.empty_like(right)
-    moved = left.nbytes + right.nbytes + sum(tensor.nbytes for tensor in results)
+    moved = (1 + training) * (left.nbytes + right.nbytes) + values * left.element_size()
     source = torch.ones(moved // 2, dtype=torch.uint8, device=left.device)
     target = torch.empty_like(source)
-    with_backward = any(tensor.shape == patches.shape for tensor in results)
 
     def products() -> None:
         torch.mm(left, right.T, out=product)
-        if with_backward:
+        if training:
             torch.mm(product, right, out=grad_left)
             torch.mm(product.T, left, out=grad_right)
 
