@@ -47,9 +47,8 @@ def draw_growth(benchmark: Benchmark, folder: Path) -> list[Path]:
             _figure(f"{benchmark.title}\n{', '.join(filter(None, picture))}", shape, found).savefig(path, dpi=130)
             written.append(path)
     if not written:
-        raise InputError(
-            f"{folder / benchmark.name}.csv has no two rows that differ in {' or '.join(benchmark.sweeps)}"
-        )
+        swept = " or ".join(benchmark.sweeps)
+        raise InputError(f"{folder / benchmark.name}.csv has no two rows that differ in {swept} alone: nothing to draw")
     return written
 
 
