@@ -15,7 +15,8 @@ from benchmarks.measure import UnavailableError
 def compiled(function: Callable[..., object]) -> Callable[..., object]:
     """``torch.compile`` of a function for one shape, without graph breaks. It compiles at the first call.
 
-    Callers reset the compiler between shapes, or it would reuse code made for several.
+    Callers reset the compiler between shapes, or it would in time refuse another one. The function returned raises
+    UnavailableError where compilation fails, for example without a C++ compiler.
     """
     fast = torch.compile(function, fullgraph=True, dynamic=False)
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from benchmarks import break_even, patch_statistics, similarity, topk_similarity
-from benchmarks.measure import WrongResultError, check
+from benchmarks.measure import UnavailableError, WrongResultError, check
+from benchmarks.optional import compiled
 
 CPU = torch.device("cpu")
 SMALL = {"B": 3, "P": 49, "N": 4, "D": 64, "C": 11, "k": 20}
@@ -33,6 +34,14 @@ def test_a_kernel_that_takes_one_patch_too_many_is_found():
     shape = {**SMALL, "dtype": "bfloat16", "pass": "forward+backward"}
     with pytest.raises(WrongResultError, match="one more: result 0"):
         check(topk_similarity.case(shape, CPU, {"one more": one_more}))
+
+
+def test_code_that_does_not_compile_is_left_out_with_the_reason(monkeypatch, tmp_path):
+    torch.compiler.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nonexistent"))
+    with pytest.raises(UnavailableError, match=r"torch\.compile failed: InvalidCxxCompiler: No working C\+\+ compiler"):
+        compiled(lambda x: x.sin().sum())(torch.ones(10))
 
 
 @pytest.mark.parametrize(("direction", "products"), [("forward", 1), ("forward+backward", 3)])
