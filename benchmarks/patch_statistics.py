@@ -14,9 +14,6 @@ from benchmarks.optional import compiled
 
 SCALE = 100.0  # CLIP's temperature, which LoCoOp's entropy uses; GL-MCM uses 1
 
-# A bfloat16 logit between 16 and 32 is known to 1/16, so its exponential to 6 %.
-TOLERANCE = {**similarity.TOLERANCE, "bfloat16": 0.06}
-
 # (patches, prompts) to results of shape (B, P)
 Statistics = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
@@ -104,7 +101,7 @@ def case(shape: Shape, device: torch.device, chosen: Mapping[str, Statistics]) -
         {name: similarity.run(function, patches, prompts, grads) for name, function in chosen.items()},
         baseline=next(iter(chosen)),
         truth=truth,
-        tolerance=TOLERANCE[shape["dtype"]],
+        tolerance=similarity.TOLERANCE[shape["dtype"]],
         floors=similarity.floors(
             shape, patches, prompts, patches[..., 0].numel() * (1 if grads is None else len(grads))
         ),

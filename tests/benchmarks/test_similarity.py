@@ -8,7 +8,7 @@ from benchmarks.measure import UnavailableError, WrongResultError, check
 from benchmarks.optional import compiled
 
 CPU = torch.device("cpu")
-SMALL = {"B": 3, "P": 49, "N": 4, "D": 64, "C": 11, "k": 20}
+SMALL = {"B": 3, "P": 49, "N": 4, "D": 512, "C": 200, "k": 20}
 
 
 def _chosen(module, direction):
