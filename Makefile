@@ -25,7 +25,11 @@ test: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks topk_similarity
+	$(BIN)/python -m benchmarks patch_statistics
+	$(BIN)/python -m benchmarks call_overhead
+	$(BIN)/python -m benchmarks break_even
 	$(BIN)/python -m benchmarks text_encoder
+	$(BIN)/python -m benchmarks plot
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ import tyro
 from tqdm import tqdm
 from tyro.conf import subcommand
 
-from benchmarks import results, text_encoder, topk_similarity
+from benchmarks import break_even, call_overhead, patch_statistics, results, text_encoder, topk_similarity
 from benchmarks.measure import Benchmark, WrongResultError, measure
 from benchmarks.plot import draw_growth
 from fastprompt.errors import InputError
@@ -21,13 +21,17 @@ DESCRIPTION = """What is fast and by how much: fastprompt beside what the field 
 
 Results are checked before anything is timed; if one is wrong, there is no time and the exit status is 1.
 Implementations take turns, and their ratio is what counts: absolute times depend on the machine and its load.
-Peak memory is measured in a fresh process for each. Rows are appended to benchmarks/results/<name>.csv.
+Peak memory is measured in a fresh process for each. Rows are appended to benchmarks/results/<name>.csv; what their
+columns mean is written in benchmarks/results/README.md.
 
 A first run: python -m benchmarks topk_similarity --quick
 
 Then: python -m benchmarks plot"""
 
-BENCHMARKS = {module.BENCHMARK.name: module.BENCHMARK for module in (text_encoder, topk_similarity)}
+BENCHMARKS = {
+    module.BENCHMARK.name: module.BENCHMARK
+    for module in (text_encoder, topk_similarity, patch_statistics, call_overhead)
+}
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,33 @@ class TextEncoder(Measure):
 
 @dataclass(frozen=True)
 class TopkSimilarity(Measure):
-    """The mean of the k largest patch similarities with gradients: topk_similarity beside eager code."""
+    """The mean of the k largest patch similarities, with and without gradients, beside eager and compiled code."""
+
+
+@dataclass(frozen=True)
+class PatchStatistics(Measure):
+    """GL-MCM's score, and statistics over the classes with gradients, beside eager and compiled code."""
+
+
+@dataclass(frozen=True)
+class CallOverhead(Measure):
+    """What a call costs before any arithmetic: the operators beside plain torch on tiny tensors."""
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """From which size on the similarity kernels beat the best eager code; writes break_even.csv and break_even.md."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where everything runs."""
+
+    out: Path = results.FOLDER
+    """Folder of the rows and of the table."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """Draw how time and memory grow with the number of classes, for every benchmark that has rows."""
+    """Draw how time and memory grow with the size of the problem, for every benchmark that has rows to draw."""
 
     out: Path = results.FOLDER
     """Folder of the rows, and of the pictures."""
@@ -68,26 +93,36 @@ class Plot:
 Command = (
     Annotated[TextEncoder, subcommand("text_encoder")]
     | Annotated[TopkSimilarity, subcommand("topk_similarity")]
+    | Annotated[PatchStatistics, subcommand("patch_statistics")]
+    | Annotated[CallOverhead, subcommand("call_overhead")]
+    | Annotated[BreakEven, subcommand("break_even")]
     | Annotated[Plot, subcommand("plot")]
 )
 
 
 def run(benchmark: Benchmark, options: Measure) -> None:
     """Measure one shape after the other; rows are written and a table is printed as soon as a shape is done."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda asked for, but torch sees no CUDA or ROCm device")
-    device = torch.device(options.device)
-    for shape in tqdm(benchmark.quick_shapes if options.quick else benchmark.shapes, desc="shapes", disable=None):
+    device = _device(options.device)
+    shapes = (benchmark.quick_shapes if options.quick else benchmark.shapes)[device.type]
+    for shape in tqdm(shapes, desc="shapes", disable=None):
         measured = measure(benchmark, shape, device, options.quick)
-        results.append(options.out / f"{benchmark.name}.csv", benchmark, shape, device, measured)
+        results.append(options.out / f"{benchmark.name}.csv", shape, device, measured.measurements)
         tqdm.write(f"\n{results.table(benchmark, shape, measured).to_text()}")
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda asked for, but torch sees no CUDA or ROCm device")
+    return torch.device(name)
 
 
 def plot(folder: Path) -> None:
     """Draw every benchmark that has rows."""
-    found = [benchmark for benchmark in BENCHMARKS.values() if (folder / f"{benchmark.name}.csv").is_file()]
+    drawable = [benchmark for benchmark in BENCHMARKS.values() if benchmark.sweeps]
+    found = [benchmark for benchmark in drawable if (folder / f"{benchmark.name}.csv").is_file()]
     if not found:
-        raise InputError(f"{folder} has no rows to draw: run one of {', '.join(BENCHMARKS)} first")
+        names = ", ".join(benchmark.name for benchmark in drawable)
+        raise InputError(f"{folder} has no rows to draw: run one of {names} first")
     for benchmark in found:
         print("\n".join(map(str, draw_growth(benchmark, folder))))
 
@@ -107,6 +142,12 @@ def main() -> int:
                 run(text_encoder.BENCHMARK, command)
             case TopkSimilarity():
                 run(topk_similarity.BENCHMARK, command)
+            case PatchStatistics():
+                run(patch_statistics.BENCHMARK, command)
+            case CallOverhead():
+                run(call_overhead.BENCHMARK, command)
+            case BreakEven(device, out):
+                print(break_even.measure_grid(_device(device), out))
             case Plot(out):
                 plot(out)
     except WrongResultError as error:

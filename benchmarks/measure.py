@@ -6,30 +6,31 @@ what counts is their ratio. Peak memory is measured in a fresh process for each.
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
-import platform
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.memory import Memory, peak_memory
+
 Shape = Mapping[str, int | str]
 Implementation = Callable[[], tuple[Tensor, ...]]
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
-SECONDS = 60.0  # what the rounds of one case may take together, once there are MIN_ROUNDS of them
-QUICK_SECONDS = 10.0
+SECONDS = 30.0  # what the rounds of one case may take together, once there are MIN_ROUNDS of them
+QUICK_SECONDS = 8.0
 
 
 class WrongResultError(Exception):
-    """An implementation computes something else than the baseline, so its time means nothing."""
+    """An implementation computes something else than it should, so its time means nothing."""
+
+
+class UnavailableError(Exception):
+    """An implementation cannot run here; the message says why, and what would help."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,24 @@ class Case:
     """One workload on one device.
 
     Attributes:
-        implementations: by name; each runs forward and backward on the same inputs and returns outputs and gradients.
-        baseline: the one whose results are the truth of the check, and whose time is the unit of the ratios.
-        tolerance: largest relative error ``norm(x - truth) / norm(truth)`` of any output or gradient.
+        implementations: by name; each computes the same from the same inputs and returns results and gradients.
+            Its first call may compile, or raise UnavailableError: it is left out then.
+        baseline: the one whose time is the unit of the ratios.
+        truth: computes what the results must be; it is not timed.
+        tolerance: largest relative error ``norm(x - truth) / norm(truth)`` of any result.
+        floors: by name, the least work that such a computation must do; timed with the others, never checked.
+        calls: calls that are timed together, for what takes microseconds.
     """
 
     implementations: Mapping[str, Implementation]
     baseline: str
+    truth: Implementation
     tolerance: float
+    floors: Mapping[str, Callable[[], object]] = field(default_factory=dict)
+    calls: int = 1
+
+
+Build = Callable[[Shape, torch.device], Case]
 
 
 @dataclass(frozen=True)
@@ -54,20 +65,20 @@ class Benchmark:
     Attributes:
         name: of the command and of the file of results.
         title: what is measured.
-        dtype: precision of the inputs.
         build: makes a case from one shape; a function of a module, because other processes call it too.
-        shapes: the shapes measured; all have the same parameters, and C, the number of classes, is one of them.
+        shapes: for each kind of device the shapes measured; all have the same parameters, "dtype" the first of them.
         quick_shapes: those of a quick run.
-        panels: parameters that stay equal within one drawing of the growth in C.
+        sweeps: parameters whose growth is drawn: those that vary alone around a middle shape.
+        labels: parameters that only name what another one says.
     """
 
     name: str
     title: str
-    dtype: str
-    build: Callable[[Shape, torch.device], Case]
-    shapes: tuple[Shape, ...]
-    quick_shapes: tuple[Shape, ...]
-    panels: tuple[str, ...]
+    build: Build
+    shapes: Mapping[str, tuple[Shape, ...]]
+    quick_shapes: Mapping[str, tuple[Shape, ...]]
+    sweeps: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,125 +86,126 @@ class Measurement:
     """What one implementation did.
 
     Attributes:
-        median, p20, p80: milliseconds of forward and backward.
+        median, p20, p80: milliseconds of one call.
         rounds: how often it was timed.
-        peak_memory: MB (1e6 bytes) in use at the worst moment beyond the inputs; None where the system does not tell.
+        memory: at the worst moment; None where the system does not tell, and for floors.
         baseline: the implementation whose time is the unit of the ratio.
         ratio: median time of the baseline over its own: how many times faster it is.
+        over_floor: its own median time over that of the slowest floor; None where there is no floor.
+        first_call: seconds of the first call, which compiles what is compiled; None for floors.
     """
 
     median: float
     p20: float
     p80: float
     rounds: int
-    peak_memory: float | None
+    memory: Memory | None
     baseline: str
     ratio: float
+    over_floor: float | None
+    first_call: float | None
 
 
-def measure(benchmark: Benchmark, shape: Shape, device: torch.device, quick: bool = False) -> dict[str, Measurement]:
+@dataclass(frozen=True)
+class Measured:
+    """One case: measurements by implementation, floors last, and why which implementations were left out."""
+
+    measurements: Mapping[str, Measurement]
+    left_out: Mapping[str, str]
+
+
+def measure(benchmark: Benchmark, shape: Shape, device: torch.device, quick: bool = False) -> Measured:
     """Check, time and weigh every implementation of one case.
 
     Raises:
         WrongResultError: a result is wrong; nothing has been timed then.
     """
     case = benchmark.build(shape, device)
-    round_seconds = check(case, device)
-    rounds = int((QUICK_SECONDS if quick else SECONDS) / round_seconds)
-    times = time_interleaved(case, device, min(max(rounds, MIN_ROUNDS), MAX_ROUNDS))
+    first_calls, left_out = check(case)
+    case = replace(case, implementations={name: case.implementations[name] for name in first_calls})
+    times = time_interleaved(case, device, QUICK_SECONDS if quick else SECONDS)
     median = {name: float(np.median(values)) for name, values in times.items()}
+    floor = max((median[name] for name in case.floors), default=None)
     measurements = {}
     for name, values in tqdm(times.items(), desc="peak memory", leave=False, disable=None):
         p20, p80 = np.percentile(values, [20, 80])
-        peak = peak_memory(benchmark.build, shape, device, name)
         measurements[name] = Measurement(
-            median[name], float(p20), float(p80), len(values), peak, case.baseline, median[case.baseline] / median[name]
+            median[name],
+            float(p20),
+            float(p80),
+            len(values),
+            None if name in case.floors else peak_memory(benchmark.build, shape, device, name),
+            case.baseline,
+            median[case.baseline] / median[name],
+            None if floor is None else median[name] / floor,
+            first_calls.get(name),
         )
-    return measurements
+    return Measured(measurements, left_out)
 
 
-def check(case: Case, device: torch.device) -> float:
-    """Compare the results of all implementations with those of the baseline; this warms them up too.
+def check(case: Case) -> tuple[dict[str, float], dict[str, str]]:
+    """Compare the results of all implementations with the truth; this warms them up too.
 
     Returns:
-        Seconds that one round of all implementations took.
+        By name the seconds of the first call, and why which implementations cannot run here.
 
     Raises:
         WrongResultError: names the implementation, its error and the tolerance.
     """
-    start = time.perf_counter()
-    truth = [tensor.double() for tensor in case.implementations[case.baseline]()]
-    for name in tqdm(case.implementations, desc="check", leave=False, disable=None):
-        if name == case.baseline:
+    truth = [tensor.double() for tensor in case.truth()]
+    first_calls, left_out = {}, {}
+    for name, implementation in tqdm(case.implementations.items(), desc="check", leave=False, disable=None):
+        start = time.perf_counter()
+        try:
+            results = implementation()
+        except UnavailableError as error:
+            left_out[name] = str(error)
             continue
-        result = case.implementations[name]()
-        for index, (got, expected) in enumerate(zip(result, truth, strict=True)):
-            if got.shape != expected.shape:
-                raise WrongResultError(f"{name}: result {index} has shape {got.shape}, expected {expected.shape}")
-            error = ((got.double() - expected).norm() / expected.norm()).item()
-            if not error <= case.tolerance:  # NaN is refused too
-                raise WrongResultError(
-                    f"{name}: result {index} is {error:.1e} (relative) away from that of {case.baseline}; "
-                    f"at most {case.tolerance:.0e} is rounding"
-                )
-    _synchronize(device)
-    return time.perf_counter() - start
+        _compare(name, results, truth, case.tolerance)  # this waits for the device
+        first_calls[name] = time.perf_counter() - start
+    return first_calls, left_out
 
 
-def time_interleaved(case: Case, device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every implementation in every round; they take turns, so that a busy moment hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in case.implementations}
-    for _ in tqdm(range(rounds), desc="rounds", leave=False, disable=None):
-        for name, implementation in case.implementations.items():
-            _synchronize(device)
-            start = time.perf_counter()
-            implementation()
-            _synchronize(device)
-            times[name].append(1e3 * (time.perf_counter() - start))
+def _compare(name: str, results: tuple[Tensor, ...], truth: list[Tensor], tolerance: float) -> None:
+    for index, (got, expected) in enumerate(zip(results, truth, strict=True)):
+        if got.shape != expected.shape:
+            raise WrongResultError(f"{name}: result {index} has shape {got.shape}, expected {expected.shape}")
+        error = ((got.double() - expected).norm() / expected.norm()).item()
+        if not error <= tolerance:  # NaN is refused too
+            raise WrongResultError(
+                f"{name}: result {index} is {error:.1e} (relative) away from the truth; "
+                f"at most {tolerance:.0e} is rounding"
+            )
+
+
+def time_interleaved(case: Case, device: torch.device, seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of every implementation and floor in every round, for MIN_ROUNDS and about so many seconds.
+
+    They take turns, so that a busy moment hits all alike.
+    """
+    all_of_them = {**case.implementations, **case.floors}
+    times: dict[str, list[float]] = {name: [] for name in all_of_them}
+    end = time.perf_counter() + seconds
+    for done in tqdm(range(MAX_ROUNDS), desc="rounds", leave=False, disable=None):
+        if done >= MIN_ROUNDS and time.perf_counter() > end:
+            break
+        for name, run in all_of_them.items():
+            times[name].append(_milliseconds(run, device, case.calls))
     return times
 
 
-def peak_memory(
-    build: Callable[[Shape, torch.device], Case], shape: Shape, device: torch.device, implementation: str
-) -> float | None:
-    """Peak MB beyond the inputs of one implementation, measured in a fresh process; None where it cannot be told."""
-    if device.type != "cuda" and platform.libc_ver()[0] != "glibc":
-        return None
-    _release_free_memory()  # the other process may need it
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_peak_memory_here, build, shape, device, implementation).result() / 1e6
-
-
-def _peak_memory_here(
-    build: Callable[[Shape, torch.device], Case], shape: Shape, device: torch.device, name: str
-) -> int:
-    """Bytes, in this process. A first run loads code and fills caches, which are not the implementation's own."""
-    run = build(shape, device).implementations[name]
-    run()
+def _milliseconds(run: Callable[[], object], device: torch.device, calls: int) -> float:
+    """Time of one call, by the device's own clock where it has one."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    _release_free_memory()  # or it would hide what is taken again
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from what is resident now
-    before = _resident("VmRSS")
-    run()
-    return _resident("VmHWM") - before
-
-
-def _release_free_memory() -> None:
-    """Give memory that this process keeps but does not use back to the system, where its C library can."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _resident(field: str) -> int:
-    """Bytes of a field of /proc/self/status, such as VmRSS (resident now) or VmHWM (its highest mark)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / calls
+    begin = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return 1e3 * (time.perf_counter() - begin) / calls

@@ -1,82 +1,134 @@
-"""Growth of time and memory with the number of classes, drawn from the rows of results."""
+"""Growth of time and memory with the size of the problem, drawn from the rows of results."""
 
 from __future__ import annotations
 
-import csv
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, NullLocator
 
 from benchmarks.measure import Benchmark
+from benchmarks.results import read_rows
 from fastprompt.errors import InputError
 from fastprompt.report.style import INK, PALETTE, new_figure, style_axes
 
 Rows = list[dict[str, str]]
 
+# What is drawn: column, title, and whether floors have it.
+_MEASURES = (
+    ("median_ms", "Milliseconds", True),
+    ("extra_memory_mb", "MB beyond inputs and results", False),
+    ("over_floor", "Time over the slowest floor", False),
+)
+_AXES = {"B": "Images B", "C": "Classes C", "P": "Patches P", "k": "Largest k"}
+_MARKERS = "os^DvP"
+
 
 def draw_growth(benchmark: Benchmark, folder: Path) -> list[Path]:
-    """Draw ``<name>.csv`` of a folder as ``<name>-<device>.png`` beside it, one picture a device.
+    """Draw ``<name>.csv`` of a folder, one picture for each device, precision and pass, beside the file.
 
-    Of rows that differ only in when they were measured, the newest counts.
+    Of rows that differ only in when and with what versions they were measured, the newest counts.
 
     Raises:
-        InputError: there is no such file.
+        InputError: there is no such file, or no parameter takes two values while the others stay equal.
     """
-    source = folder / f"{benchmark.name}.csv"
-    if not source.is_file():
-        raise InputError(f"{source} does not exist: run 'python -m benchmarks {benchmark.name}' first")
-    with source.open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = read_rows(folder / f"{benchmark.name}.csv")
+    shape = list(benchmark.shapes["cpu"][0])
     written = []
-    for device in dict.fromkeys(row["device"] for row in rows):
-        of_device = [row for row in rows if row["device"] == device]
-        slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-        path = folder / f"{benchmark.name}-{slug}.png"
-        _figure(benchmark, device, of_device).savefig(path, dpi=160)
-        written.append(path)
+    for picture in dict.fromkeys(_picture(row) for row in rows):
+        of_picture = [row for row in rows if _picture(row) == picture]
+        found = [(axis, swept) for axis in benchmark.sweeps if (swept := _swept(benchmark, shape, axis, of_picture))]
+        if found:
+            slug = re.sub(r"[^a-z0-9]+", "-", " ".join(filter(None, picture)).lower()).strip("-")
+            path = folder / f"{benchmark.name}-{slug}.png"
+            _figure(f"{benchmark.title}\n{', '.join(filter(None, picture))}", shape, found).savefig(path, dpi=130)
+            written.append(path)
+    if not written:
+        swept = " or ".join(benchmark.sweeps)
+        raise InputError(f"{folder / benchmark.name}.csv has no two rows that differ in {swept} alone: nothing to draw")
     return written
 
 
-def _figure(benchmark: Benchmark, device: str, rows: Rows) -> Figure:
-    """Time at the left, memory at the right; one line of panels for each setting of ``benchmark.panels``."""
-    fixed = ("dtype", "threads", *benchmark.panels)
-    panels: dict[tuple[str, ...], Rows] = {}
+def _picture(row: dict[str, str]) -> tuple[str, ...]:
+    return row["device"], row["dtype"], row.get("pass", "")
+
+
+def _swept(benchmark: Benchmark, shape: list[str], axis: str, rows: Rows) -> Rows:
+    """The rows in which the axis takes most values while all else stays equal; none if it takes one only."""
+    fixed = ["threads", *(name for name in shape if name not in (axis, *benchmark.labels))]
+    groups: dict[tuple[str, ...], Rows] = {}
     for row in rows:
-        panels.setdefault(tuple(row[key] for key in fixed), []).append(row)
-    figure = new_figure(9.5, 1.0 + 2.9 * len(panels))
+        groups.setdefault(tuple(row[name] for name in fixed), []).append(row)
+    most = max(groups.values(), key=lambda group: len({row[axis] for row in group}))
+    return most if len({row[axis] for row in most}) > 1 else []
+
+
+def _figure(title: str, shape: list[str], found: list[tuple[str, Rows]]) -> Figure:
+    """A column of panels for each swept parameter, a row for each measure that any of the rows has."""
+    measures = [one for one in _MEASURES if any(row[one[0]] for _, rows in found for row in rows)]
+    names = list(dict.fromkeys(name for axis, rows in found for name in _grown(axis, rows)))
+    looks = dict(zip(names, _looks(names), strict=True))
+    figure = new_figure(1.2 + 2.9 * max(len(found), 2), 1.1 + 2.5 * len(measures))
     figure.set_layout_engine("constrained")
-    figure.suptitle(f"{benchmark.title}\n{device}", fontsize=9, color=INK)
-    grid = figure.subplots(len(panels), 2, squeeze=False)
-    for (setting, of_panel), (time_axes, memory_axes) in zip(panels.items(), grid, strict=True):
-        label = ", ".join(f"{key}={value}" for key, value in zip(fixed, setting, strict=True))
-        _style(time_axes, f"Milliseconds ({label})")
-        _style(memory_axes, "Peak memory beyond the inputs (MB)")
-        for name, color in zip(dict.fromkeys(row["implementation"] for row in of_panel), PALETTE, strict=False):
-            _draw(time_axes, memory_axes, name, color, [row for row in of_panel if row["implementation"] == name])
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False,
+    figure.suptitle(title, fontsize=9, color=INK)
+    panels = figure.subplots(len(measures), len(found), squeeze=False, sharey="row")
+    for line, (column, label, with_floors) in zip(panels, measures, strict=True):
+        line[0].set_ylabel(label, fontsize=8, color=INK)
+        for axes, (axis, rows) in zip(line, found, strict=True):
+            drawn = {name: look for name, look in looks.items() if with_floors or not _is_floor(name)}
+            _panel(axes, axis, column, rows, drawn)
+    for axes, (axis, rows) in zip(panels[0], found, strict=True):
+        others = [name for name in shape if name not in ("dtype", "pass", "names", axis)]
+        axes.set_title(", ".join(f"{name}={rows[-1][name]}" for name in others), fontsize=8, color=INK)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False,
                   fontsize=8, labelcolor=INK)  # fmt: skip
     return figure
 
 
-def _style(axes: Axes, title: str) -> None:
+def _grown(axis: str, rows: Rows) -> list[str]:
+    """The implementations measured with more than one value of the axis: what was measured once shows no growth."""
+    names = dict.fromkeys(row["implementation"] for row in rows)
+    return [name for name in names if len({row[axis] for row in rows if row["implementation"] == name}) > 1]
+
+
+def _panel(axes: Axes, axis: str, column: str, rows: Rows, drawn: dict[str, dict[str, str]]) -> None:
     style_axes(axes)
-    axes.set(xscale="log", yscale="log")
-    axes.tick_params(which="minor", colors=INK, labelsize=7)
-    axes.set_title(title, loc="left", fontsize=8, color=INK)
-    axes.set_xlabel("Classes", fontsize=8, color=INK)
+    axes.set_xscale("log")
+    if column != "over_floor":  # what needs no memory of its own stands on the axis
+        axes.set_yscale("symlog" if column == "extra_memory_mb" else "log")
+    axes.tick_params(which="minor", colors=INK)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(_AXES[axis], fontsize=8, color=INK)
+    ticks = sorted({int(row[axis]) for row in rows})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    for name, look in drawn.items():
+        newest = {int(row[axis]): row for row in rows if row["implementation"] == name}  # the last row is the newest
+        points = sorted((x, row) for x, row in newest.items() if row[column])
+        x = [x for x, _ in points]
+        axes.plot(x, [float(row[column]) for _, row in points], label=name, linewidth=1.5, markersize=4, **look)
+        if column == "median_ms":
+            low, high = ([float(row[key]) for _, row in points] for key in ("p20_ms", "p80_ms"))
+            axes.fill_between(x, low, high, color=look["color"], alpha=0.2, linewidth=0)
+    if column == "over_floor":
+        axes.set_ylim(bottom=0)
 
 
-def _draw(time_axes: Axes, memory_axes: Axes, name: str, color: str, rows: Rows) -> None:
-    newest = {int(row["C"]): row for row in rows}  # rows are appended: the last one is the newest
-    classes = sorted(newest)
-    median, p20, p80 = ([float(newest[C][key]) for C in classes] for key in ("median_ms", "p20_ms", "p80_ms"))
-    time_axes.plot(classes, median, color=color, linewidth=1.6, marker="o", markersize=3, label=name)
-    time_axes.fill_between(classes, p20, p80, color=color, alpha=0.2, linewidth=0)
-    weighed = [C for C in classes if newest[C]["peak_memory_mb"]]
-    peaks = [float(newest[C]["peak_memory_mb"]) for C in weighed]
-    memory_axes.plot(weighed, peaks, color=color, linewidth=1.6, marker="o", markersize=3)
-    for axes in (time_axes, memory_axes):
-        axes.set_xticks(classes, [str(C) for C in classes])
-        axes.set_xticks([], minor=True)
+def _looks(names: list[str]) -> Iterator[dict[str, str]]:
+    """Colour, marker and line of each: floors are grey, so that the palette lasts."""
+    real = [name for name in names if not _is_floor(name)]
+    styles = dict(zip(real, zip(PALETTE, _MARKERS, strict=True), strict=False))
+    lines = iter((":", "--"))
+    for name in names:
+        if name in styles:
+            yield {"color": styles[name][0], "marker": styles[name][1]}
+        else:
+            yield {"color": INK, "linestyle": next(lines)}
+
+
+def _is_floor(name: str) -> bool:
+    return name.startswith("floor")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.measure import Benchmark, Measurement, Shape
+from benchmarks.measure import Benchmark, Measured, Measurement, Shape
 from fastprompt.errors import InputError
 from fastprompt.evaluation import Row
 from fastprompt.report import Column, Table
@@ -18,48 +18,83 @@ from fastprompt.training.environment import environment
 
 FOLDER = Path(__file__).parent / "results"
 _SETTING = ("date", "device", "threads", "python", "torch", "triton", "fastprompt", "commit")
-_MEASURED = ("implementation", "median_ms", "p20_ms", "p80_ms", "rounds", "peak_memory_mb", "baseline", "ratio")
+_NUMBERS = ("median_ms", "p20_ms", "p80_ms", "rounds", "peak_memory_mb", "extra_memory_mb")
+_MEASURED = ("implementation", *_NUMBERS, "baseline", "ratio", "over_floor")
 
 
-def append(
-    file: Path, benchmark: Benchmark, shape: Shape, device: torch.device, measured: Mapping[str, Measurement]
-) -> None:
+def append(file: Path, shape: Shape, device: torch.device, measured: Mapping[str, Measurement]) -> None:
     """Append one row an implementation; the file is made if there is none.
 
     Raises:
         InputError: the file has other columns; nothing is written then.
     """
-    columns = [*_SETTING, "dtype", *shape, *_MEASURED]
-    new = not file.exists()
+    append_rows(file, [{**setting(device), **shape, **_row(*one)} for one in measured.items()])
+
+
+def setting(device: torch.device) -> dict[str, object]:
+    """When, where and with what something is measured: the first columns of every row."""
+    known = {**environment(), "device": device_name(device), "commit": _commit()}
+    return {name: known[name] for name in _SETTING}
+
+
+def append_rows(file: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Append rows to a CSV file of the same columns; the file is made if there is none.
+
+    Raises:
+        InputError: the file has other columns; nothing is written then.
+    """
+    new, columns = not file.exists(), list(rows[0])
     if not new and (found := next(csv.reader(file.open()), [])) != columns:
         raise InputError(f"{file} must have the columns {', '.join(columns)}, got {', '.join(found)}")
     file.parent.mkdir(parents=True, exist_ok=True)
-    setting = {**environment(), "device": device_name(device), "commit": _commit()}
     with file.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(stream, columns, lineterminator="\n")
         if new:
             writer.writeheader()
-        for name, one in measured.items():
-            numbers = (f"{one.median:.3f}", f"{one.p20:.3f}", f"{one.p80:.3f}", one.rounds)
-            peak = "" if one.peak_memory is None else f"{one.peak_memory:.1f}"
-            values = dict(zip(_MEASURED, (name, *numbers, peak, one.baseline, f"{one.ratio:.3f}"), strict=True))
-            writer.writerow({**setting, "dtype": benchmark.dtype, **shape, **values})
+        writer.writerows(rows)
 
 
-def table(benchmark: Benchmark, shape: Shape, measured: Mapping[str, Measurement]) -> Table:
+def read_rows(file: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, oldest first.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    if not file.is_file():
+        raise InputError(f"{file} does not exist: run 'python -m benchmarks {file.stem}' first")
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def _row(name: str, one: Measurement) -> dict[str, object]:
+    peak, extra = ("", "") if one.memory is None else (f"{one.memory.beyond_inputs:.1f}", f"{one.memory.extra:.1f}")
+    numbers = (f"{one.median:.4f}", f"{one.p20:.4f}", f"{one.p80:.4f}", one.rounds, peak, extra)
+    over_floor = "" if one.over_floor is None else f"{one.over_floor:.3f}"
+    return dict(zip(_MEASURED, (name, *numbers, one.baseline, f"{one.ratio:.3f}", over_floor), strict=True))
+
+
+def table(benchmark: Benchmark, shape: Shape, measured: Measured) -> Table:
     """One case, for the screen."""
     columns = (
-        Column("median", "ms", ".1f", higher_is_better=False),
+        Column("median", "ms", ".3f", higher_is_better=False),
         Column("20-80 %", "ms"),
         Column("times faster", format=".2f", higher_is_better=True),
+        Column("over the floor", "x", ".2f"),
         Column("peak memory", "MB", ".1f", higher_is_better=False),
+        Column("beyond results", "MB", ".1f", higher_is_better=False),
+        Column("first call", "s", ".1f"),
     )
-    rows = tuple(
-        Row(name, (one.median, f"{one.p20:.1f}-{one.p80:.1f}", one.ratio, one.peak_memory))
-        for name, one in measured.items()
-    )
-    title = f"{benchmark.title}\n{', '.join(f'{key}={value}' for key, value in shape.items())}, {benchmark.dtype}"
-    return Table(title, columns, rows, label_title="implementation")
+    rows = []
+    for name, one in measured.measurements.items():
+        spread = f"{one.p20:.3f}-{one.p80:.3f}"
+        if one.first_call is None:  # a floor, shown in words so that it is never the best of a column
+            rows.append(Row(name, (f"{one.median:.3f}", spread, None, one.over_floor, None, None, None)))
+            continue
+        memory = (None, None) if one.memory is None else (one.memory.beyond_inputs, one.memory.extra)
+        rows.append(Row(name, (one.median, spread, one.ratio, one.over_floor, *memory, one.first_call)))
+    title = f"{benchmark.title}\n{', '.join(f'{key}={value}' for key, value in shape.items())}"
+    note = "\n".join(f"{name} is left out: {why}" for name, why in measured.left_out.items())
+    return Table(title, columns, tuple(rows), label_title="implementation", note=note)
 
 
 def device_name(device: torch.device) -> str:

@@ -1,31 +1,50 @@
-"""The benchmarks in small, for pytest-benchmark: ``pytest benchmarks``."""
+"""The benchmarks for pytest-benchmark: ``pytest benchmarks``, with ``--all-shapes`` for those of the command line."""
 
 import pytest
 import torch
 
-from benchmarks import text_encoder, topk_similarity
+from benchmarks import call_overhead, patch_statistics, text_encoder, topk_similarity
+from benchmarks.measure import UnavailableError
+from benchmarks.similarity import PASSES, around
 
 CPU = torch.device("cpu")
+ROUNDS = 5
+MODULES = (topk_similarity, patch_statistics, call_overhead, text_encoder)
+SMALL = {
+    "topk_similarity": around(
+        {"dtype": "float32", "pass": "", "B": 4, "P": 196, "N": 4, "D": 512, "C": 47, "k": 20}, {}
+    ),
+    "patch_statistics": around({"dtype": "float32", "pass": "", "B": 4, "P": 196, "D": 512, "C": 47}, {}),
+    "call_overhead": call_overhead.BENCHMARK.shapes["cpu"],
+    "text_encoder": ({"dtype": "float32", "G": 1, "M": 4, "C": 47, "names": "DTD"},),
+}
+NAMES = {
+    "topk_similarity": tuple(topk_similarity.peers()),
+    "patch_statistics": tuple(patch_statistics.peers(PASSES[0])),
+    "call_overhead": ("definition", "impl='reference'", "impl='auto'", "impl='blocked'"),
+    "text_encoder": ("77 tokens", "longest name", "fastprompt"),
+}
 
 
-@pytest.fixture(scope="module")
-def text_case():
-    shape = {"G": 1, "M": 4, "C": len(text_encoder.NAMES["DTD"]), "names": "DTD"}
-    return text_encoder.build(shape, CPU)
+def pytest_generate_tests(metafunc):
+    everything = metafunc.config.getoption("--all-shapes")
+    cases = [
+        pytest.param(module.BENCHMARK, shape, name, id=f"{module.BENCHMARK.name}, {name}")
+        for module in MODULES
+        for shape in (module.BENCHMARK.shapes["cpu"] if everything else SMALL[module.BENCHMARK.name])
+        for name in NAMES[module.BENCHMARK.name]
+    ]
+    metafunc.parametrize(("of", "shape", "name"), cases)
 
 
-@pytest.fixture(scope="module")
-def topk_case():
-    return topk_similarity.build({"B": 4, "P": 196, "N": 4, "D": 512, "C": 100}, CPU)
-
-
-@pytest.mark.benchmark(group="text_encoder", min_rounds=3)
-@pytest.mark.parametrize("name", ["77 tokens", "longest name", "fastprompt"])
-def test_text_encoder(benchmark, text_case, name):
-    benchmark(text_case.implementations[name])
-
-
-@pytest.mark.benchmark(group="topk_similarity")
-@pytest.mark.parametrize("name", ["GalLoP eager", "best eager", "fastprompt"])
-def test_topk_similarity(benchmark, topk_case, name):
-    benchmark(topk_case.implementations[name])
+def test_speed(benchmark, of, shape, name):
+    case = of.build(shape, CPU)
+    if name not in case.implementations:
+        pytest.skip(f"{name} is not measured with {shape}")
+    run = case.implementations[name]
+    try:
+        run()
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    benchmark.group = f"{of.name}: {', '.join(f'{key}={value}' for key, value in shape.items())}"
+    benchmark.pedantic(run, rounds=ROUNDS, iterations=case.calls)

@@ -1,40 +1,60 @@
 """The instrument itself: what it refuses, what it writes, and whether it weighs right."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
 
+import benchmarks.__main__ as cli
 from benchmarks.__main__ import main
-from benchmarks.measure import Benchmark, Case, Measurement, WrongResultError, check, measure, peak_memory
+from benchmarks.measure import (
+    Benchmark,
+    Case,
+    Measured,
+    Measurement,
+    UnavailableError,
+    WrongResultError,
+    check,
+    measure,
+)
+from benchmarks.memory import Memory, peak_memory
 from benchmarks.results import append, table
 from fastprompt.errors import InputError
-from tests.benchmarks.workloads import MEGABYTES, build_large, build_waiting
+from tests.benchmarks.workloads import MEGABYTES, RESULT_MEGABYTES, build_large, build_waiting
 
 CPU = torch.device("cpu")
-SHAPE = {"B": 2, "C": 3}
-BENCHMARK = Benchmark("waiting", "Waiting", "float32", build_waiting, (SHAPE,), (SHAPE,), ("B",))
+SHAPE = {"dtype": "float32", "B": 2, "C": 3}
+SHAPES = {"cpu": (SHAPE,), "cuda": (SHAPE,)}
+BENCHMARK = Benchmark("waiting", "Waiting", build_waiting, SHAPES, SHAPES, sweeps=("C",))
+SLOW = Measurement(80, 79, 81, 3, None, "slow", 1, 4, 0.1)
+QUICK = Measurement(20, 19, 21, 3, Memory(1.5, 0.5), "slow", 4, 1, 0.1)
 
 
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        (torch.tensor([1.0, 2.001]), r"wrong: result 0 is 4\.5e-04 \(relative\) away from that of truth"),
+        (torch.tensor([1.0, 2.001]), r"wrong: result 0 is 4\.5e-04 \(relative\) away from the truth"),
         (torch.tensor([1.0, torch.nan]), "wrong: result 0 is nan"),
         (torch.tensor([[1.0, 2.0]]), "wrong: result 0 has shape"),
     ],
 )
 def test_a_wrong_result_is_refused(result, message):
     truth = torch.tensor([1.0, 2.0])
-    case = Case({"truth": lambda: (truth,), "wrong": lambda: (result,)}, baseline="truth", tolerance=1e-4)
+    case = Case({"wrong": lambda: (result,)}, baseline="wrong", truth=lambda: (truth,), tolerance=1e-4)
     with pytest.raises(WrongResultError, match=message):
-        check(case, CPU)
+        check(case)
 
 
-def test_a_result_within_the_tolerance_is_not_refused():
+def test_what_cannot_run_here_is_left_out_with_its_reason():
+    def missing():
+        raise UnavailableError("no compiler")
+
     truth = torch.tensor([1.0, 2.0])
-    case = Case({"truth": lambda: (truth,), "near": lambda: (truth + 1e-6,)}, baseline="truth", tolerance=1e-4)
-    assert check(case, CPU) > 0
+    runs = {"near": lambda: (truth + 1e-6,), "missing": missing}
+    first_calls, left_out = check(Case(runs, baseline="near", truth=lambda: (truth,), tolerance=1e-4))
+    assert list(first_calls) == ["near"] and first_calls["near"] > 0
+    assert left_out == {"missing": "no compiler"}
 
 
 def test_a_wrong_result_has_no_time_and_exit_status_1(monkeypatch, tmp_path, capsys):
@@ -48,30 +68,34 @@ def test_a_wrong_result_has_no_time_and_exit_status_1(monkeypatch, tmp_path, cap
     assert not any(tmp_path.iterdir())
 
 
-def test_ratio_is_the_time_of_the_baseline_over_the_own(monkeypatch):
+def test_ratios_are_those_of_the_times(monkeypatch):
     monkeypatch.setattr("benchmarks.measure.SECONDS", 0.5)
     monkeypatch.setattr("benchmarks.measure.peak_memory", lambda *_: None)
-    measured = measure(BENCHMARK, SHAPE, CPU)
+    measured = measure(BENCHMARK, SHAPE, CPU).measurements
     assert measured["slow"].ratio == 1
     assert measured["quick"].ratio == measured["slow"].median / measured["quick"].median
     assert 2 < measured["quick"].ratio < 6
     assert measured["quick"].p20 <= measured["quick"].median <= measured["quick"].p80
     assert measured["quick"].baseline == "slow"
+    floor = measured["floor: high"]
+    assert measured["slow"].over_floor == measured["slow"].median / floor.median > 4
+    assert measured["floor: low"].median < floor.median and floor.first_call is None
 
 
 def test_peak_memory_sees_what_is_allocated_for_a_moment():
-    peak = peak_memory(build_large, SHAPE, CPU, "large")
-    if peak is None:
+    memory = peak_memory(build_large, SHAPE, CPU, "large")
+    if memory is None:
         pytest.skip("peak memory is measured on Linux with glibc only")
-    assert 0.8 * MEGABYTES < peak < 1.2 * MEGABYTES
+    assert 0.8 * MEGABYTES < memory.extra < 1.2 * MEGABYTES
+    assert 0.8 * RESULT_MEGABYTES < memory.beyond_inputs - memory.extra < 1.2 * RESULT_MEGABYTES
 
 
 def test_rows_are_appended_and_never_overwritten(tmp_path):
     file = tmp_path / "results" / "waiting.csv"
-    first = {"slow": Measurement(80, 79, 81, 3, None, "slow", 1), "quick": Measurement(20, 19, 21, 3, 1.5, "slow", 4)}
-    append(file, BENCHMARK, SHAPE, CPU, first)
+    first = {"slow": SLOW, "quick": QUICK}
+    append(file, SHAPE, CPU, first)
     before = file.read_text()
-    append(file, BENCHMARK, {"B": 2, "C": 5}, CPU, first)
+    append(file, {**SHAPE, "C": 5}, CPU, first)
     assert file.read_text().startswith(before)
     rows = list(csv.DictReader(file.open()))
     assert [(row["implementation"], row["C"], row["ratio"]) for row in rows] == [
@@ -84,10 +108,12 @@ def test_rows_are_appended_and_never_overwritten(tmp_path):
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),
         "dtype": "float32",
-        "median_ms": "20.000",
-        "p20_ms": "19.000",
-        "p80_ms": "21.000",
+        "median_ms": "20.0000",
+        "p20_ms": "19.0000",
+        "p80_ms": "21.0000",
         "peak_memory_mb": "1.5",
+        "extra_memory_mb": "0.5",
+        "over_floor": "1.000",
         "baseline": "slow",
     }
     assert {key: rows[1][key] for key in expected} == expected
@@ -98,27 +124,35 @@ def test_rows_of_other_columns_are_left_alone(tmp_path):
     file = tmp_path / "waiting.csv"
     file.write_text("date,something\n")
     with pytest.raises(InputError, match=r"must have the columns date, device, .*, got date, something"):
-        append(file, BENCHMARK, SHAPE, CPU, {})
+        append(file, SHAPE, CPU, {"slow": SLOW})
     assert file.read_text() == "date,something\n"
 
 
-def test_table_marks_the_fastest():
-    text = table(
-        BENCHMARK,
-        SHAPE,
-        {"slow": Measurement(80, 79, 81, 3, 9, "slow", 1), "quick": Measurement(20, 19, 21, 3, 9, "slow", 4)},
-    ).to_text()
-    assert "4.00*" in text and "20.0*" in text
+def test_table_marks_the_fastest_which_is_never_a_floor_and_names_what_is_missing():
+    floor = replace(QUICK, median=1, memory=None, first_call=None)
+    measured = Measured({"slow": SLOW, "quick": QUICK, "floor": floor}, {"compiled": "no compiler"})
+    text = table(BENCHMARK, SHAPE, measured).to_text()
+    assert "4.00*" in text and "20.000*" in text and "1.000*" not in text
+    assert text.endswith("compiled is left out: no compiler")
+
+
+def _draw(monkeypatch, folder):
+    monkeypatch.setattr(cli, "BENCHMARKS", {"waiting": BENCHMARK})
+    monkeypatch.setattr("sys.argv", ["benchmarks", "plot", "--out", str(folder)])
+    return main()
 
 
 def test_growth_is_drawn_for_every_device(monkeypatch, tmp_path):
-    from benchmarks import __main__ as cli
-
-    monkeypatch.setattr(cli, "BENCHMARKS", {"waiting": BENCHMARK})
-    measured = {"slow": Measurement(80, 79, 81, 3, None, "slow", 1), "quick": Measurement(20, 19, 21, 3, 5, "slow", 4)}
     for classes in (3, 30):
-        append(tmp_path / "waiting.csv", BENCHMARK, {"B": 2, "C": classes}, CPU, measured)
-    monkeypatch.setattr("sys.argv", ["benchmarks", "plot", "--out", str(tmp_path)])
-    assert main() == 0
+        append(tmp_path / "waiting.csv", {**SHAPE, "C": classes}, CPU, {"slow": SLOW, "quick": QUICK})
+    assert _draw(monkeypatch, tmp_path) == 0
     (picture,) = tmp_path.glob("*.png")
     assert picture.name.startswith("waiting-") and picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_does_not_vary_alone_is_no_growth(monkeypatch, tmp_path, capsys):
+    append(tmp_path / "waiting.csv", {**SHAPE, "B": 1, "C": 3}, CPU, {"slow": SLOW})
+    append(tmp_path / "waiting.csv", {**SHAPE, "B": 2, "C": 30}, CPU, {"slow": SLOW})
+    assert _draw(monkeypatch, tmp_path) == 2
+    assert "has no two rows that differ in C alone" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.png"))

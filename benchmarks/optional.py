@@ -1,0 +1,52 @@
+"""Peers that may be missing: compiled code needs a C++ compiler, KeOps must be installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.measure import UnavailableError
+
+
+def compiled(function: Callable[..., object]) -> Callable[..., object]:
+    """``torch.compile`` of a function for one shape, without graph breaks. It compiles at the first call.
+
+    Callers reset the compiler between shapes, or it would in time refuse another one. The function returned raises
+    UnavailableError where compilation fails, for example without a C++ compiler.
+    """
+    fast = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def run(*args: object) -> object:
+        try:
+            return fast(*args)
+        except torch._dynamo.exc.BackendCompilerFailed as error:  # no public name
+            raise UnavailableError(f"torch.compile failed: {str(error).strip().splitlines()[0]}") from error
+
+    return run
+
+
+def topk_mean_keops(patches: Tensor, prompts: Tensor, k: Sequence[int]) -> Tensor:
+    """Values (B, N, C) with KeOps, which finds the k patches without the dense similarity.
+
+    Its reductions to k have no gradient: the patches found are averaged in plain torch, and so gradients flow.
+
+    Raises:
+        UnavailableError: pykeops is not installed.
+    """
+    if find_spec("pykeops") is None:
+        raise UnavailableError("pykeops is not installed: pip install pykeops (it needs a C++ compiler)")
+    from pykeops.torch import LazyTensor
+
+    B, P, D = patches.shape
+    keys, first = LazyTensor(patches.detach()[:, None].contiguous()), P * torch.arange(B, device=patches.device)
+    values = []
+    for prompt, count in zip(prompts, k, strict=True):
+        queries = LazyTensor(prompt.detach()[None, :, None].contiguous())
+        chosen = (-(queries | keys)).argKmin(count, dim=2) + first[:, None, None]  # (B, C, count)
+        means = F.embedding_bag(chosen.flatten(0, 1), patches.flatten(0, 1), mode="mean").view(B, -1, D)
+        values.append((means * prompt).sum(-1))
+    return torch.stack(values, dim=1)
