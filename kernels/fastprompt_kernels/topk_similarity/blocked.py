@@ -8,7 +8,7 @@ they are many, a matrix product is faster and is used instead.
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -22,16 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Bytes of the similarities of one tile. Larger ones take memory, smaller ones time: at 1 MiB half as much again.
-TILE_BYTES = 5 * 2**19
-# Bytes of the features that one tile sums: they are read many times and should stay in a core's second-level cache.
-FEATURE_BYTES = 2**21
-# How many selected patches a sum takes at once. Beyond 2^15 torch sorts integers by radix, several times faster.
-ENTRIES = 5 * 2**13
+TILE_BYTES = 5 * 2**18
+# Rows that a matrix product needs to be efficient: prompts of fewer classes are multiplied together.
+EFFICIENT_ROWS = 128
+# Bytes of the features of all prompts' classes that one tile reads, or makes: half of a core's second-level cache.
+FEATURE_BYTES = 2**20
+# How many selected patches one tile sums. With fewer, handing over takes as long as summing.
+ENTRIES = 2**15
 # Where a larger share of the similarities is selected, a dense matrix product is faster than sums of features.
 DENSE_SHARE = 1 / 8
 
 Scales = Sequence[Sequence[int]]
-Scratch = tuple[Tensor, Tensor, Tensor]
 
 
 def saved_size(B: int, P: int, C: int, k: Scales) -> tuple[tuple[int, ...], torch.dtype]:
@@ -61,61 +62,79 @@ def forward(patches: Tensor, prompts: Tensor, k: Scales, keep: bool) -> tuple[Te
     selected = torch.empty(size if keep else 0, dtype=kind, device=patches.device)
 
     # Rows are cut alike for every batch: what is computed for an image does not depend on the others.
-    rows_at_once = max(1, min(N * C, TILE_BYTES // (P * dtype.itemsize)))
-    images_at_once = max(1, min(TILE_BYTES // (rows_at_once * P * dtype.itemsize), -(-B // torch.get_num_threads())))
+    room = TILE_BYTES // (P * dtype.itemsize)
+    rows_at_once = max(1, min(C if C >= EFFICIENT_ROWS else N * C, room))
+    images_at_once = max(1, min(room // rows_at_once, -(-B // torch.get_num_threads())))
     starts = list(accumulate(map(sum, k), initial=0))
     select = _select_in_numpy if patches.device.type == "cpu" else _select
 
-    def scratch() -> Scratch:
+    def scratch() -> tuple[Tensor, Tensor, Tensor]:
         scores = torch.empty(images_at_once * rows_at_once * P, dtype=dtype, device=patches.device)
         ranked = torch.empty(images_at_once * min(C, rows_at_once) * P, dtype=dtype, device=patches.device)
         return scores, ranked, torch.empty_like(ranked, dtype=torch.bool)
 
-    def fill(images: slice, rows: slice, scratch: Scratch) -> None:
+    def fill(images: slice, rows: slice, *scratch: Tensor) -> None:
         scores = _scores(patches[images].to(dtype), prompts.view(N * C, -1)[rows].to(dtype), scratch[0])
         for n, classes in _prompts_of(rows, C):
             of_prompt = scores[:, n * C + classes.start - rows.start :][:, : classes.stop - classes.start]
             taken = selected[images, classes, starts[n] : starts[n + 1]] if keep else None
             select(of_prompt, values[images, n, classes], taken, k[n], *scratch[1:])
 
-    tiles = list(product(_parts(B, images_at_once), _parts(N * C, rows_at_once)))
+    tiles = product(_parts(B, images_at_once), _parts(N * C, rows_at_once))
     with _exact_bfloat16_products(patches):
-        _on_all_cores(fill, tiles, scratch, patches.device)
+        _on_all_cores(fill, tiles, patches.device, scratch)
     return values, selected
 
 
 def grad_patches(grad: Tensor, prompts: Tensor, selected: Tensor, k: Scales, P: int) -> Tensor:
     """The gradient (B, P, D) in the inputs' dtype, from that of the values (B, N, C)."""
     (B, N, C), D = grad.shape, prompts.shape[2]
+    features, shares = prompts.to(grad.dtype), _shares(grad, k)
     result = torch.zeros(B, P, D, dtype=grad.dtype, device=grad.device)
-    features, dense = prompts.to(grad.dtype), _is_dense(k, P)
-    for classes in _parts(C, FEATURE_BYTES // (N * D * grad.itemsize)):
-        count = classes.stop - classes.start
-        room = TILE_BYTES // (N * count * P * grad.itemsize) if dense else ENTRIES // (count * selected.shape[2])
-        for images in _parts(B, room):
-            tile = selected[images, classes], grad[images, :, classes]
+    classes_at_once = max(1, min(C, FEATURE_BYTES // (N * D * grad.itemsize)))
+    dense, images_at_once = _is_dense(k, P), ENTRIES // (classes_at_once * selected.shape[2])
+    if dense:
+        images_at_once = TILE_BYTES // (N * classes_at_once * P * grad.itemsize)
+    images_at_once = max(1, min(images_at_once, -(-B // torch.get_num_threads())))
+    parts = [(classes, _entries(k, C, classes, images_at_once, grad.device)) for classes in _parts(C, classes_at_once)]
+
+    def fill(images: slice) -> None:
+        for classes, entries in parts:
             # No name for the summand: it would still be there while the next one is computed.
             if dense:
-                result[images] += (_weights(*tile, k, P).mT @ features[:, classes].flatten(0, 1)).view(-1, P, D)
+                weights = _weights(selected[images, classes], shares[images, :, classes], k, P)
+                result[images] += (weights.mT @ features[:, classes].flatten(0, 1)).view(-1, P, D)
             else:
-                result[images] += _sums_of_prompts(*tile, features, classes.start, k, P)
+                tile = selected[images, classes], shares[images]
+                result[images] += _sums_of_prompts(*tile, features.flatten(0, 1), *entries, P)
+
+    _on_all_cores(fill, zip(_parts(B, images_at_once)), grad.device)
     return result.to(prompts.dtype)
 
 
 def grad_prompts(grad: Tensor, patches: Tensor, selected: Tensor, k: Scales) -> Tensor:
     """The gradient (N, C, D) in the inputs' dtype, from that of the values (B, N, C)."""
     (B, P, D), (_, N, C) = patches.shape, grad.shape
-    result = torch.zeros(N, C, D, dtype=grad.dtype, device=grad.device)
+    result, shares = torch.zeros(N, C, D, dtype=grad.dtype, device=grad.device), _shares(grad, k)
     dense = _is_dense(k, P)
-    for images in _parts(B, FEATURE_BYTES // (P * D * grad.itemsize)):
-        features = patches[images].to(grad.dtype)
-        room = TILE_BYTES // (N * P * grad.itemsize) if dense else ENTRIES // max(map(max, k))
-        for classes in _parts(C, room // len(features)):
-            tile = selected[images, classes], grad[images, :, classes]
+    threads = torch.get_num_threads()
+    # As many parts for every thread, or some would wait for the others in the end.
+    rounds = -(-C // (threads * max(1, FEATURE_BYTES // (N * D * grad.itemsize))))
+    classes_at_once = max(1, -(-C // max(1, threads * rounds)))
+    images_at_once = (
+        TILE_BYTES // (N * P * grad.itemsize) if dense else ENTRIES // selected.shape[2]
+    ) // classes_at_once
+
+    def fill(classes: slice) -> None:
+        for images in _parts(B, images_at_once):
+            features = patches[images].to(grad.dtype)
+            tile = selected[images, classes], shares[images, :, classes]
             if dense:
                 result[:, classes] += (_weights(*tile, k, P) @ features.flatten(0, 1)).view(N, -1, D)
             else:
-                _add_sums_of_patches(result[:, classes], *tile, features, k)
+                result[:, classes] += _sums_of_patches(*tile, features, k)
+
+    _on_all_cores(fill, zip(_parts(C, classes_at_once)), grad.device)
     return result.to(patches.dtype)
 
 
@@ -132,14 +151,17 @@ def _prompts_of(rows: slice, C: int) -> Iterator[tuple[int, slice]]:
 
 
 def _on_all_cores(
-    function: Callable[..., None], tiles: Sequence[tuple], scratch: Callable[[], Scratch], device: torch.device
+    function: Callable[..., None],
+    tiles: Iterable[tuple],
+    device: torch.device,
+    scratch: Callable[[], tuple[Tensor, ...]] = tuple,
 ) -> None:
     """Call the function for every tile; on a processor in one thread a core, each of which computes alone.
 
-    Torch's own threads would meet after every operation, which costs more than a small tile takes. Scratch memory is
+    Torch's own threads would meet in every operation, which costs more than a small tile takes. Scratch memory is
     taken here, because what a thread takes for itself stays with it.
     """
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    threads, tiles = torch.get_num_threads() if device.type == "cpu" else 1, list(tiles)
     free, inference = SimpleQueue(), torch.is_inference_mode_enabled()
     for _ in range(min(threads, len(tiles))):
         free.put(scratch())
@@ -147,7 +169,7 @@ def _on_all_cores(
     def run(tile: tuple) -> None:
         memory = free.get()
         with torch.inference_mode(inference), torch.no_grad():  # these hold for one thread
-            function(*tile, memory)
+            function(*tile, *memory)
         free.put(memory)
 
     for _ in map(run, tiles) if threads == 1 else _cores(threads).map(run, tiles):
@@ -157,13 +179,15 @@ def _on_all_cores(
 @cache
 def _cores(count: int) -> ThreadPoolExecutor:
     """That many threads, each of which computes alone; kept, because the first use of torch in a thread is slow."""
-    threads = torch.get_num_threads()
-    try:
-        # The setting holds for the thread that makes it, and for threads that torch has not met before.
-        pool, ready = ThreadPoolExecutor(count, "fastprompt", torch.set_num_threads, (1,)), Barrier(count)
-        list(pool.map(lambda _: ready.wait(), range(count)))
-    finally:
-        torch.set_num_threads(threads)
+    threads, ready = torch.get_num_threads(), Barrier(count)
+
+    def alone() -> None:
+        torch.get_num_threads()  # a thread that asks for the first time takes over what is set for all
+        torch.set_num_threads(1)
+
+    pool = ThreadPoolExecutor(count, "fastprompt", alone)
+    list(pool.map(lambda _: ready.wait(), range(count)))
+    torch.set_num_threads(threads)  # for this thread it still was, but not for those to come
     return pool
 
 
@@ -242,49 +266,75 @@ def _is_dense(k: Scales, P: int) -> bool:
     return sum(map(sum, k)) > DENSE_SHARE * len(k) * P
 
 
-def _levels(k: Scales) -> list[tuple[int, int, float]]:
-    """For every scale of every prompt: the prompt, the scale and the weight of one patch in the value."""
-    return [(n, scale, 1 / (scale * len(scales))) for n, scales in enumerate(k) for scale in scales]
+def _levels(k: Scales) -> list[tuple[int, int]]:
+    """For every scale of every prompt: the prompt and the scale."""
+    return [(n, scale) for n, scales in enumerate(k) for scale in scales]
 
 
-def _sums_of_prompts(selected: Tensor, grad: Tensor, prompts: Tensor, first_class: int, k: Scales, P: int) -> Tensor:
-    """For every patch of a tile (images, P, D): the weighted sum of those of all prompts (N, C, D) that selected it."""
-    (images, classes, _), (_, C, D) = selected.shape, prompts.shape
-    prompt, scale, weight = (torch.tensor(column, device=grad.device) for column in zip(*_levels(k), strict=True))
-    prompt, weight = prompt.repeat_interleave(scale), weight.to(grad.dtype).repeat_interleave(scale)
-    weights = grad.mT.index_select(2, prompt).mul_(weight)
-    rows = prompt * C + first_class + torch.arange(classes, device=grad.device)[:, None]
-    patch = torch.arange(images * P, dtype=torch.int16 if images * P < 2**15 else torch.int32, device=grad.device)
+def _shares(grad: Tensor, k: Scales) -> Tensor:
+    """(B, N * S, C): what every selected patch receives of the gradient of a value."""
+    return torch.stack([grad[:, n] / (scale * len(k[n])) for n, scale in _levels(k)], dim=1)
+
+
+def _entries(k: Scales, C: int, classes: slice, images: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For every entry of `selected` in a tile: the row of its prompt in (N * C), and the place of its share in
+    (images, N * S, C).
+    """
+    levels, every_class = _levels(k), torch.arange(classes.start, classes.stop, device=device)[:, None]
+    counts = [scale for _, scale in levels]
+    row = torch.from_numpy(np.repeat([n * C for n, _ in levels], counts)).to(device) + every_class
+    share = torch.from_numpy(np.repeat(np.arange(len(levels)) * C, counts)).to(device) + every_class
+    image = torch.arange(images, device=device)[:, None, None] * (len(levels) * C)
+    return row.expand(images, -1, -1).flatten(), (share + image).flatten()
+
+
+def _sums_of_prompts(selected: Tensor, shares: Tensor, prompts: Tensor, row: Tensor, share: Tensor, P: int) -> Tensor:
+    """For every patch of a tile (images, P, D): the weighted sum of the prompts (N * C, D) that selected it."""
+    images = len(selected)
+    patch = torch.arange(images * P, dtype=torch.int16 if images * P < 2**15 else torch.int32, device=selected.device)
+    keys = (selected + patch[::P, None, None]).flatten()
     # The order is stable, so a patch's prompts are added in the same order whatever images come with it.
-    keys, order = (selected + patch[::P, None, None]).flatten().sort(stable=True)
+    if keys.device.type == "cpu":
+        order = torch.from_numpy(keys.numpy().argsort(kind="stable"))
+    else:
+        order = keys.argsort(stable=True)
     sums = F.embedding_bag(
-        rows.expand(images, -1, -1).flatten().index_select(0, order),
-        prompts.flatten(0, 1),
-        torch.searchsorted(keys, patch),
+        row.index_select(0, order),
+        prompts,
+        torch.searchsorted(keys.index_select(0, order), patch),
         mode="sum",
-        per_sample_weights=weights.flatten().index_select(0, order),
+        per_sample_weights=shares.flatten().index_select(0, share.index_select(0, order)),
     )
-    return sums.view(images, P, D)
+    return sums.view(images, P, -1)
 
 
-def _add_sums_of_patches(result: Tensor, selected: Tensor, grad: Tensor, patches: Tensor, k: Scales) -> None:
-    """Add to every prompt (N, classes, D) the weighted sum of the patches (images, P, D) that it selected."""
-    P, start = patches.shape[1], 0
-    first_rows = P * torch.arange(len(patches), dtype=torch.int32, device=grad.device)[:, None]
-    for n, scale, weight in _levels(k):
-        rows = (selected[:, :, start : start + scale].transpose(0, 1) + first_rows).flatten(1)
-        weights = (grad[:, n].mT * weight).repeat_interleave(scale, dim=1)
-        result[n] += F.embedding_bag(rows, patches.flatten(0, 1), mode="sum", per_sample_weights=weights)
-        start += scale
+def _sums_of_patches(selected: Tensor, shares: Tensor, patches: Tensor, k: Scales) -> Tensor:
+    """For every prompt (N, classes, D): the weighted sum of the patches (images, P, D) that it selected."""
+    (images, classes, W), (_, P, D) = selected.shape, patches.shape
+    scales = [scale for _, scale in _levels(k)]
+    rows = selected + P * torch.arange(images, dtype=torch.int32, device=selected.device)[:, None, None]
+    rows = [part.transpose(0, 1).flatten(1) for part in rows.split(scales, dim=2)]
+    weights = [shares[:, level].mT[:, :, None].expand(-1, -1, scale).flatten(1) for level, scale in enumerate(scales)]
+    # A class's levels lie side by side: threads, which share out the sums, then have equally much to do.
+    starts = images * (W * np.arange(classes)[:, None] + np.cumsum([0, *scales[:-1]]))
+    sums = F.embedding_bag(
+        torch.cat(rows, dim=1).flatten(),
+        patches.flatten(0, 1),
+        torch.from_numpy(starts).flatten().to(rows[0]),
+        mode="sum",
+        per_sample_weights=torch.cat(weights, dim=1).flatten(),
+    )
+    sums = sums.view(classes, len(k), -1, D)
+    return (sums[:, :, 0] if sums.shape[2] == 1 else sums.sum(2)).transpose(0, 1)
 
 
-def _weights(selected: Tensor, grad: Tensor, k: Scales, P: int) -> Tensor:
+def _weights(selected: Tensor, shares: Tensor, k: Scales, P: int) -> Tensor:
     """The gradient of a tile of the similarity as one matrix (N * classes, images * P)."""
     images, classes, _ = selected.shape
-    weights = torch.zeros(len(k), classes, images, P, dtype=grad.dtype, device=grad.device)
+    weights = torch.zeros(len(k), classes, images, P, dtype=shares.dtype, device=shares.device)
     start = 0
-    for n, scale, weight in _levels(k):
+    for level, (n, scale) in enumerate(_levels(k)):
         patch = selected[:, :, start : start + scale].transpose(0, 1).long()
-        weights[n].scatter_add_(2, patch, (grad[:, n].mT * weight)[:, :, None].expand_as(patch))
+        weights[n].scatter_add_(2, patch, shares[:, level].mT[:, :, None].expand_as(patch))
         start += scale
     return weights.view(len(k) * classes, images * P)
