@@ -13,7 +13,7 @@ from ..sorting_network import by_row, cut, largest, merge
 
 
 @triton.jit
-def _scores(
+def similarity(
     patches, prompts, c, start, first_image, B, C, P, D,
     stride_patches_b, stride_patches_p, stride_patches_d, stride_prompts_c, stride_prompts_d,
     LOG_ROW: tl.constexpr, DOT: tl.constexpr, INDEX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -120,20 +120,24 @@ def forward_kernel(
     tiles = tl.cdiv(C, BLOCK_C)
     first_image = tl.program_id(0) // tiles * IMAGES
     c = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-    scores = _scores(
-        patches, prompts, c, 0, first_image, B, C, P, D,
-        stride_patches_b, stride_patches_p, stride_patches_d, stride_prompts_c, stride_prompts_d,
-        LOG_ROW, DOT, INDEX, BLOCK_P, BLOCK_D,
-    )  # fmt: skip
-    top = largest(scores, LOG_K, LOG_ROW)
     if CHUNKED:
-        for start in range(BLOCK_P, P, BLOCK_P):
-            chunk = _scores(
+        top = ()
+        for _ in tl.static_range(1 << LOG_K):
+            top = top + (tl.full((BLOCK_C, 2), float("-inf"), tl.float32),)
+        for start in range(0, P, BLOCK_P):
+            chunk = similarity(
                 patches, prompts, c, start, first_image, B, C, P, D,
                 stride_patches_b, stride_patches_p, stride_patches_d, stride_prompts_c, stride_prompts_d,
                 LOG_ROW, DOT, INDEX, BLOCK_P, BLOCK_D,
             )  # fmt: skip
             top = merge(top, largest(chunk, LOG_K, LOG_ROW))
+    else:
+        scores = similarity(
+            patches, prompts, c, 0, first_image, B, C, P, D,
+            stride_patches_b, stride_patches_p, stride_patches_d, stride_prompts_c, stride_prompts_d,
+            LOG_ROW, DOT, INDEX, BLOCK_P, BLOCK_D,
+        )  # fmt: skip
+        top = largest(scores, LOG_K, LOG_ROW)
 
     mean = tl.zeros(top[0].shape, tl.float32)
     for s in tl.static_range(SCALES):
@@ -156,7 +160,7 @@ def forward_kernel(
         row = selected + b * stride_selected_b + (s * C + c[:, None]).to(INDEX) * (4 * tl.cdiv(P, 128))
         if CHUNKED:
             for start in range(0, P, BLOCK_P):
-                scores = _scores(
+                scores = similarity(
                     patches, prompts, c, start, first_image, B, C, P, D,
                     stride_patches_b, stride_patches_p, stride_patches_d, stride_prompts_c, stride_prompts_d,
                     LOG_ROW, DOT, INDEX, BLOCK_P, BLOCK_D,
