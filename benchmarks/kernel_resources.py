@@ -116,8 +116,8 @@ def configurations(targets: Iterable[str] = TARGETS, dtypes: Iterable[torch.dtyp
     for dtype in dtypes:
         for target in targets:
             for patches, k in ((patches, k) for patches in (64, 256, 0) for k in (4, 8, 16, 32, 64)):
-                blocks = tuple(launch.forward_blocks(target, dtype, patches or 1024, k).items())
                 for keep, scales in ((False, 1), (True, 1), (True, 4)) if k == 16 else ((False, 1), (True, 1)):
+                    blocks = tuple(launch.forward_blocks(target, dtype, patches or 1024, k, keep).items())
                     yield Configuration("forward_kernel", target, dtype, patches, k, keep, scales, blocks)
             for patches in (64, 0):
                 blocks = tuple(launch.grad_patches_blocks(dtype, patches or 1024).items())

@@ -72,7 +72,7 @@ def forward(
     index = index_dtype(patches, prompts, values, selected)
     # One launch a prompt: K, the length of the sorted run, is a constant of the kernel and the main part of its cost.
     for n, scales in enumerate(k):
-        blocks = forward_blocks(architecture(patches.device), patches.dtype, P, max(scales))
+        blocks = forward_blocks(architecture(patches.device), patches.dtype, P, max(scales), keep)
         images = blocks["BLOCK_P"] >> blocks["LOG_ROW"]
         forward_kernel[(triton.cdiv(B, images) * triton.cdiv(C, blocks["BLOCK_C"]),)](
             patches, prompts[n], values[:, n], selected[:, n * S :] if keep else selected, tuple(scales),
@@ -126,23 +126,27 @@ def architecture(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
 
 
-def forward_blocks(target: str, dtype: torch.dtype, P: int, k: int) -> dict[str, int | bool]:
+def forward_blocks(target: str, dtype: torch.dtype, P: int, k: int, keep: bool) -> dict[str, int | bool]:
     """Tile sizes and warps of the forward kernel.
 
     64 classes x 256 patches on 4 warps leave 64 columns of a row in one thread of sm_90, where its network runs without
-    exchange: 13 instructions an element for 16 of 196 patches, against some 30 on 8 warps. The other targets spread a
-    row over more threads and spill with 4 warps, and so does sm_90 with a run above 32. A float32 product keeps its
-    operands in registers too and gets half the tile. Rows above 256 patches come in chunks of 128, which waste less of
+    exchange: 13 instructions an element for 16 of 196 patches, against some 30 with 8 warps. The other targets spread a
+    row over more threads and spill with 4 warps, and so does sm_90 where a run of 32 and the selection are wanted at
+    once. A float32 product keeps its operands in registers too and gets half the tile. Up to 64 patches, two images
+    share 128 columns: with 256 the last exchanges spill. Above 256, patches come in chunks of 128, which waste less of
     the last chunk and leave registers for the run; a run of 64 does not fit beside 256 columns, so it has them too.
     """
-    log_k = max(2, (k - 1).bit_length())
-    wide = dtype.itemsize == 2
+    log_k, wide = max(2, (k - 1).bit_length()), dtype.itemsize == 2
     blocks = {"LOG_K": log_k, "BLOCK_C": 64 if wide else 32, "BLOCK_D": 32 if wide else 16}
-    blocks["num_warps"] = 4 if target == "sm_90" and wide and log_k <= 5 else 8
-    blocks["num_stages"] = 4 if target == "sm_90" else 2
     if P > 256 or log_k == 6:
-        return {**blocks, "CHUNKED": True, "LOG_ROW": 7, "BLOCK_P": 128}
-    return {**blocks, "CHUNKED": False, "LOG_ROW": 6 if P <= 64 else 8, "BLOCK_P": 256}
+        blocks |= {"CHUNKED": True, "LOG_ROW": 7, "BLOCK_P": 128}
+    elif P > 64:
+        blocks |= {"CHUNKED": False, "LOG_ROW": 8, "BLOCK_P": 256}
+    else:
+        blocks |= {"CHUNKED": False, "LOG_ROW": 6, "BLOCK_P": 128}
+    fits = log_k < 5 or blocks["BLOCK_P"] == 128 or not keep
+    warps, stages = (4, 4) if target == "sm_90" and wide and fits else (8, 2)
+    return {**blocks, "num_warps": warps, "num_stages": stages}
 
 
 def grad_patches_blocks(dtype: torch.dtype, P: int) -> dict[str, int]:
