@@ -1,5 +1,8 @@
 """topk_similarity: every implementation against the float64 reference by the error rule."""
 
+import multiprocessing
+import sys
+
 import pytest
 import torch
 from fastprompt_kernels import selected_patches, topk_similarity
@@ -96,6 +99,14 @@ def test_error_rule_of_the_kernels(inputs):
 @pytest.mark.parametrize("shape", [(1, 1024, 1, 3, 9), (2, 577, 1, 17, 100), (2, 1, 2, 65, 8), (1, 256, 1, 1, 64)])
 def test_error_rule_of_the_kernels_at_the_borders(shape, dtype):
     check(draw_inputs(shape, [[7]] * shape[2], dtype, device=DEVICE), "triton")
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @each_implementation
@@ -263,17 +274,60 @@ def test_only_requested_gradients_are_computed(impl, wanted):
     assert ours == {f"fastprompt::topk_similarity_grad_{wanted}"}
 
 
-def test_blocked_cuts_the_similarity_into_tiles(monkeypatch):
-    inputs = draw_inputs((3, 64, 2, 50, 8), [[3], [5]], torch.float32, device=DEVICE)
+@pytest.mark.parametrize("k", [[[3], [5]], [[30], [40, 1]]], ids=["sums of features", "matrix products"])
+def test_blocked_cuts_the_similarity_into_tiles(monkeypatch, one_thread, k):
+    k = [row * (2 // len(row)) for row in k]
+    inputs = draw_inputs((5, 64, 2, 50, 8), k, torch.float32, device=DEVICE)
     whole = run(inputs, "blocked")
-    monkeypatch.setattr(blocked, "TILE_BYTES", 7 * 64 * 4)
-    with Seen() as seen:
-        selected = blocked.forward(inputs.patches, inputs.prompts, inputs.k)[1]
+    for name, value in {"TILE_BYTES": 7 * 64 * 4, "FEATURE_BYTES": 3 * 64 * 8 * 4, "ENTRIES": 999}.items():
+        monkeypatch.setattr(blocked, name, value)
+    monkeypatch.setattr(blocked, "FEWEST_CLASSES", 1)
+    with Seen() as seen:  # sees what happens in this thread
+        selected = blocked.forward(inputs.patches, inputs.prompts, inputs.k, keep=True)[1]
         blocked.grad_patches(inputs.grad, inputs.prompts, selected, inputs.k, 64)
         blocked.grad_prompts(inputs.grad, inputs.patches, selected, inputs.k)
-    assert seen.largest < 3 * 50 * 64 * 4  # the similarity of one prompt
+    assert seen.largest < 3 * 50 * 64 * 4  # the similarity of one prompt for three of the images
     for tile, tensor in zip(run(inputs, "blocked"), whole, strict=True):
         torch.testing.assert_close(tile, tensor)
+
+
+def test_blocked_gives_the_same_bits_with_any_number_of_threads(one_thread):
+    inputs = draw_inputs((5, 70, 2, 150, 24), [[3, 9], [70, 1]], torch.float32, ties=True, device=DEVICE)
+    alone = run(inputs, "blocked")
+    torch.set_num_threads(3)
+    assert all(map(torch.equal, run(inputs, "blocked"), alone))
+    assert torch.get_num_threads() == 3
+
+
+def test_blocked_works_in_a_forked_process():
+    inputs = draw_inputs((4, 50, 2, 20, 8), [[3], [20]], torch.float32)
+    expected = run(inputs, "blocked")[0]
+    child = multiprocessing.get_context("fork").Process(target=_exit_with, args=(inputs, expected))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+
+
+def _exit_with(inputs: Inputs, expected: torch.Tensor) -> None:
+    torch.set_num_threads(2)
+    sys.exit(not torch.equal(topk_similarity(inputs.patches, inputs.prompts, inputs.k, impl="blocked"), expected))
+
+
+def test_blocked_leaves_torch_as_it_was(one_thread):
+    torch.set_num_threads(2)
+    precision = torch.backends.mkldnn.matmul.fp32_precision
+    run(draw_inputs((2, 30, 1, 5, 8), [[3]], torch.bfloat16, device=DEVICE), "blocked")
+    assert torch.backends.mkldnn.matmul.fp32_precision == precision
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("impl", ["blocked", "triton"])
+def test_without_gradients_no_selection_is_kept(impl):
+    inputs = draw_inputs((2, 9, 1, 3, 8), [[4]], torch.float32, device=DEVICE)
+    kept = torch.ops.fastprompt.topk_similarity(inputs.patches, inputs.prompts, [4], True, impl)
+    values, nothing = torch.ops.fastprompt.topk_similarity(inputs.patches, inputs.prompts, [4], False, impl)
+    assert torch.equal(values, kept[0])
+    assert nothing.numel() == 0 < kept[1].numel()
 
 
 def test_offsets_beyond_2_to_31():

@@ -28,11 +28,10 @@ def make_inputs(B=2, requires_grad=True):
 @pytest.mark.parametrize(("impl", "dtype"), [("blocked", torch.float32), ("triton", torch.bfloat16)])
 def test_opcheck(impl, dtype):
     patches, prompts, grad = make_inputs()
-    patches, prompts = (tensor.detach().to(dtype).requires_grad_() for tensor in (patches, prompts))
+    patches, prompts = (tensor.detach().to(dtype) for tensor in (patches, prompts))
     k = [2, 3, 1, 9]
-    _, selected = torch.ops.fastprompt.topk_similarity(patches, prompts, k, impl)
-    torch.library.opcheck(torch.ops.fastprompt.topk_similarity.default, (patches, prompts, k, impl))
-    patches, prompts = patches.detach(), prompts.detach()
+    _, selected = torch.ops.fastprompt.topk_similarity(patches, prompts, k, True, impl)
+    torch.library.opcheck(torch.ops.fastprompt.topk_similarity.default, (patches, prompts, k, True, impl))
     of_patches = torch.ops.fastprompt.topk_similarity_grad_patches.default
     torch.library.opcheck(of_patches, (grad, prompts, selected, k, 9, impl))
     of_prompts = torch.ops.fastprompt.topk_similarity_grad_prompts.default
@@ -80,6 +79,27 @@ def test_exported_equals_eager(impl):
     patches, prompts, _ = make_inputs(requires_grad=False)
     exported = torch.export.export(Scores(), (patches, prompts))
     assert torch.equal(exported.module()(patches, prompts), topk_similarity(patches, prompts, 3, impl=impl))
+
+
+@each_implementation
+@pytest.mark.parametrize("argnums", [0, (0, 1)])
+def test_functional_gradient(impl, argnums):
+    patches, prompts, grad = make_inputs()
+
+    def loss(patches, prompts):
+        return (topk_similarity(patches, prompts, [[2, 3], [1, 20]], impl=impl) * grad).sum()
+
+    expected = torch.autograd.grad(loss(patches, prompts), (patches, prompts))
+    actual = torch.func.grad(loss, argnums)(patches.detach(), prompts.detach())
+    for left, right in zip(actual if argnums else [actual], expected, strict=False):
+        assert torch.equal(left, right)
+
+
+def test_second_gradient_is_refused():
+    patches, prompts, grad = make_inputs()
+    first = torch.autograd.grad(topk_similarity(patches, prompts, 3), patches, grad, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="differentiated again with impl='reference' only"):
+        first.sum().backward()
 
 
 @each_implementation

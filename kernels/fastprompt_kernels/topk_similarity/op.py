@@ -24,7 +24,10 @@ def topk_similarity(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]]
     with torch.autocast(device, enabled=False):
         if impl == "reference":
             return reference.topk_similarity(patches, prompts, k)
-        return _forward(patches, prompts, [scale for scales in k for scale in scales], impl)[0]
+        # What only the backward pass needs is not written where there will be none.
+        keep = torch.is_grad_enabled() and (patches.requires_grad or prompts.requires_grad)
+        run = _TopkSimilarity.apply if keep else _forward
+        return run(patches, prompts, [scale for scales in k for scale in scales], keep, impl)[0]
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype | None = None, P: int = 1) -> str | None:
@@ -37,17 +40,17 @@ def why_not_triton(device: torch.device, dtype: torch.dtype | None = None, P: in
 
 
 @torch.library.custom_op("fastprompt::topk_similarity", mutates_args=())
-def _forward(patches: Tensor, prompts: Tensor, k: list[int], impl: str) -> tuple[Tensor, Tensor]:
+def _forward(patches: Tensor, prompts: Tensor, k: list[int], keep: bool, impl: str) -> tuple[Tensor, Tensor]:
     module = _implementation(impl, patches, patches.shape[1])
-    return module.forward(patches, prompts, _nested(k, len(prompts)))
+    return module.forward(patches, prompts, _nested(k, len(prompts)), keep)
 
 
 @_forward.register_fake
-def _(patches: Tensor, prompts: Tensor, k: list[int], impl: str) -> tuple[Tensor, Tensor]:
+def _(patches: Tensor, prompts: Tensor, k: list[int], keep: bool, impl: str) -> tuple[Tensor, Tensor]:
     (B, P, _), (N, C, _) = patches.shape, prompts.shape
+    size, kind = _implementation(impl, patches, P).saved_size(B, P, C, _nested(k, N))
     dtype = torch.promote_types(patches.dtype, torch.float32)
-    selected = patches.new_empty(B, len(k), C, (P + 31) // 32, dtype=torch.int32)
-    return patches.new_empty(B, N, C, dtype=dtype), selected
+    return patches.new_empty(B, N, C, dtype=dtype), patches.new_empty(size if keep else 0, dtype=kind)
 
 
 @torch.library.custom_op("fastprompt::topk_similarity_grad_patches", mutates_args=())
@@ -74,25 +77,46 @@ def _(grad: Tensor, patches: Tensor, selected: Tensor, k: list[int], impl: str) 
     return patches.new_empty(*grad.shape[1:], patches.shape[-1])
 
 
-def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
-    patches, prompts, ctx.k, ctx.impl = inputs
-    ctx.P = patches.shape[1]
-    wants_patches, wants_prompts = ctx.needs_input_grad[:2]
-    # Each gradient needs the other input: what no gradient needs is not kept alive.
-    ctx.save_for_backward(prompts if wants_patches else None, patches if wants_prompts else None, output[1])
+class _TopkSimilarity(torch.autograd.Function):
+    """The operator with its gradient. Not registered with the operator: torch.func.grad could not pass then."""
+
+    @staticmethod
+    def forward(patches: Tensor, prompts: Tensor, k: list[int], keep: bool, impl: str) -> tuple[Tensor, Tensor]:
+        return _forward(patches, prompts, k, keep, impl)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+        patches, prompts, ctx.k, _, ctx.impl = inputs
+        ctx.P = patches.shape[1]
+        wants_patches, wants_prompts = ctx.needs_input_grad[:2]
+        ctx.mark_non_differentiable(output[1])
+        # Each gradient needs the other input: what no gradient needs is not kept alive.
+        ctx.save_for_backward(prompts if wants_patches else None, patches if wants_prompts else None, output[1])
+
+    @staticmethod
+    def backward(ctx, grad, _):  # noqa: ANN001, ANN205
+        prompts, patches, selected = ctx.saved_tensors
+        return *_Gradients.apply(grad, patches, prompts, selected, ctx.k, ctx.P, ctx.impl), None, None, None
 
 
-def _backward(ctx, grad, _):  # noqa: ANN001, ANN202
-    prompts, patches, selected = ctx.saved_tensors
-    grad_patches = grad_prompts = None
-    if prompts is not None:
-        grad_patches = _grad_patches(grad, prompts, selected, ctx.k, ctx.P, ctx.impl)
-    if patches is not None:
-        grad_prompts = _grad_prompts(grad, patches, selected, ctx.k, ctx.impl)
-    return grad_patches, grad_prompts, None, None
+class _Gradients(torch.autograd.Function):
+    """Those gradients of the operator that are asked for: a gradient needs the other input, which is None if not."""
 
+    @staticmethod
+    def forward(
+        grad: Tensor, patches: Tensor | None, prompts: Tensor | None, selected: Tensor, k: list[int], P: int, impl: str
+    ) -> tuple[Tensor | None, Tensor | None]:
+        grad_patches = None if prompts is None else _grad_patches(grad, prompts, selected, k, P, impl)
+        grad_prompts = None if patches is None else _grad_prompts(grad, patches, selected, k, impl)
+        return grad_patches, grad_prompts
 
-_forward.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):  # noqa: ANN001, ANN002, ANN205
+        raise RuntimeError("the gradient of topk_similarity can be differentiated again with impl='reference' only")
 
 
 def _implementation(impl: str, like: Tensor, P: int) -> ModuleType:
