@@ -30,8 +30,8 @@ PROGRAMS = 264
 INT32_REACH = 2**31
 
 
-def why_not(device: torch.device, dtype: torch.dtype | None = None, k: int = 1) -> str | None:
-    """The reason why these kernels cannot take such inputs, or None; k is the largest of all scales, at most P."""
+def why_not(device: torch.device, dtype: torch.dtype | None = None, P: int = 1, k: int = 1) -> str | None:
+    """The reason why these kernels cannot take such inputs, or None; k is the largest scale, and any P fits."""
     if not triton.knobs.runtime.interpret:
         if device.type != "cuda":
             return f"the kernels run on CUDA and ROCm devices, not on {device.type}"
@@ -49,9 +49,7 @@ def saved_size(B: int, P: int, C: int, k: Sequence[Sequence[int]]) -> tuple[tupl
     return (B, len(k) * len(k[0]), C, 4 * -(-P // 128)), torch.int32
 
 
-def forward(
-    patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]], keep: bool = True
-) -> tuple[Tensor, Tensor]:
+def forward(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]], keep: bool) -> tuple[Tensor, Tensor]:
     """The values and, if they are to be kept, the selection bits.
 
     Args:
@@ -64,6 +62,8 @@ def forward(
         values (B, N, C) float32, and the selection of `saved_size`, or an empty tensor (0,).
     """
     (B, P, D), (N, C, _), S = patches.shape, prompts.shape, len(k[0])
+    if reason := why_not(patches.device, patches.dtype, P, max(map(max, k))):
+        raise ValueError(f"impl='triton' cannot run here: {reason}")
     values = torch.empty(B, N, C, dtype=torch.float32, device=patches.device)
     shape, dtype = saved_size(B, P, C, k) if keep else ((0,), torch.int32)
     selected = torch.empty(shape, dtype=dtype, device=patches.device)
@@ -132,12 +132,13 @@ def forward_blocks(target: str, dtype: torch.dtype, P: int, k: int, keep: bool) 
     64 classes x 256 patches on 4 warps leave 64 columns of a row in one thread of sm_90, where its network runs without
     exchange: 13 instructions an element for 16 of 196 patches, against some 30 with 8 warps. The other targets spread a
     row over more threads and spill with 4 warps, and so does sm_90 where a run of 32 and the selection are wanted at
-    once. A float32 product keeps its operands in registers too and gets half the tile. Up to 64 patches, two images
+    once. A float32 product keeps its operands in registers too and gets half the tile, a
+    quarter with a run of 64. Up to 64 patches, two images
     share 128 columns: with 256 the last exchanges spill. Above 256, patches come in chunks of 128, which waste less of
     the last chunk and leave registers for the run; a run of 64 does not fit beside 256 columns, so it has them too.
     """
     log_k, wide = max(2, (k - 1).bit_length()), dtype.itemsize == 2
-    blocks = {"LOG_K": log_k, "BLOCK_C": 64 if wide else 32, "BLOCK_D": 32 if wide else 16}
+    blocks = {"LOG_K": log_k, "BLOCK_C": 64 if wide else 32 if log_k < 6 else 16, "BLOCK_D": 32 if wide else 16}
     if P > 256 or log_k == 6:
         blocks |= {"CHUNKED": True, "LOG_ROW": 7, "BLOCK_P": 128}
     elif P > 64:
