@@ -189,7 +189,7 @@ def instructions(code: str) -> int:
     That block is the longest that a branch behind the product skips.
     """
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", code)
-    product = max(int(address, 16) for address, name in lines if "MMA" in name)
+    product = max((int(address, 16) for address, name in lines if "MMA" in name), default=0)
     branches = re.findall(r"/\*([0-9a-f]{4,})\*/\s+@!?U?P\w+ BRA (?:\S+, )?0x([0-9a-f]+)", code)
     skipped = [(int(end, 16) - int(start, 16)) // 16 - 1 for start, end in branches if int(start, 16) > product]
     return sum(name != "NOP" for _, name in lines) - max(skipped, default=0)
@@ -210,7 +210,7 @@ def measure(configuration: Configuration) -> Row:
         usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", listing(kernel.asm["cubin"], "--dump-resource-usage")))
         registers, spilled = int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
         code = listing(kernel.asm["cubin"], "--dump-sass")
-        count = instructions(code) if TENSOR_CORES.search(code) else 0
+        count = instructions(code) if configuration.target == "sm_90" else 0
     units = " ".join(sorted(set(TENSOR_CORES.findall(code))))
     return Row(
         *key(configuration), registers, spilled, kernel.metadata.shared, units, count,
@@ -221,7 +221,7 @@ def measure(configuration: Configuration) -> Row:
 def per_element(configuration: Configuration, count: int) -> str:
     """Instructions for each element of a tile of the forward kernel, beyond the product with a row maximum."""
     blocks = dict(configuration.blocks)
-    if configuration.target != "sm_90" or configuration.kernel != "forward_kernel" or blocks["CHUNKED"] or not count:
+    if configuration.target != "sm_90" or configuration.kernel != "forward_kernel" or blocks["CHUNKED"]:
         return ""
     baseline = Configuration(
         "row_maximum_kernel", "sm_90", configuration.dtype, configuration.patches, 0, False, 1,

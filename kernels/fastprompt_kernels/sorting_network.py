@@ -88,6 +88,7 @@ def cut(tile):
     LENGTH: tl.constexpr = tile.shape[2]
     return _cut(run, LENGTH)
 
+
 @triton.jit
 def _cut(run, LENGTH: tl.constexpr):
     if LENGTH == 1:

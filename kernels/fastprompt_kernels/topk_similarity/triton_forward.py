@@ -96,7 +96,7 @@ def _store_selection(row, scores, last, k, room, start, P, inside, CHUNKED: tl.c
     elif tl.max(tl.max(_count(bits), 1), 0) > k:
         # Some row has more patches equal to its last one than it may take: it takes the first of them.
         tied = _pack(scores, last, True)
-        bits = (bits ^ tied) | _first(tied, room)
+        bits = (bits ^ tied) | _first(tied, k - _count(bits ^ tied))
     block = start // 128 + tl.arange(0, bits.shape[2])[:, None]
     word = 4 * block + tl.arange(0, 4)[None, :]
     inside = inside[:, :, None, None] & (block < tl.cdiv(P, 128))[None, None, :, :]
@@ -154,7 +154,7 @@ def forward_kernel(
         for i in tl.static_range(1, 1 << LOG_K):
             last = tl.where(i < k[s], top[i], last)
         larger = tl.zeros(last.shape, tl.int32)
-        for i in tl.static_range(1 << LOG_K):
+        for i in tl.static_range((1 << LOG_K) if CHUNKED else 0):
             larger += (top[i] > last).to(tl.int32)
         last, room = by_row(last, BLOCK_C, IMAGES), k[s] - by_row(larger, BLOCK_C, IMAGES)
         row = selected + b * stride_selected_b + (s * C + c[:, None]).to(INDEX) * (4 * tl.cdiv(P, 128))
