@@ -1,6 +1,7 @@
 """What the Triton kernels need on every target, found by compiling them ahead of time: no GPU takes part.
 
-Every row of a launch table (tile sizes, warps) is compiled for every target, with aligned inputs of D = 512. Of sm_90
+Every row of a launch table (tile sizes, warps) is compiled for every target, with the aligned inputs that the launchers
+make sure of. Of sm_90
 also the machine instructions are counted: those of the forward kernel beyond a kernel that takes the maximum of every
 row of the same product, for each element of the padded tile. Code that only runs where similarities tie is left out.
 """
@@ -26,13 +27,13 @@ from types import ModuleType
 import torch
 import triton
 import triton.language as tl
-from fastprompt_kernels import sorting_network
+from fastprompt_kernels import triton_sorting
 from fastprompt_kernels.topk_similarity import triton as launch
 from fastprompt_kernels.topk_similarity import triton_backward, triton_forward
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .row_maximum import row_maximum_kernel
+from .triton_row_maximum import row_maximum_kernel
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -102,7 +103,7 @@ class Row:
 # The kernels, and the modules whose source decides what is compiled. Another op adds its kernels here and its
 # configurations in `configurations`.
 KERNELS: dict[str, tuple[object, tuple[ModuleType, ...]]] = {
-    "forward_kernel": (triton_forward.forward_kernel, (triton_forward, sorting_network)),
+    "forward_kernel": (triton_forward.forward_kernel, (triton_forward, triton_sorting)),
     "grad_patches_kernel": (triton_backward.grad_patches_kernel, (triton_backward,)),
     "grad_prompts_kernel": (triton_backward.grad_prompts_kernel, (triton_backward,)),
     "row_maximum_kernel": (row_maximum_kernel, (triton_forward,)),
@@ -156,7 +157,7 @@ def compiled(configuration: Configuration) -> triton.compiler.CompiledKernel:
     constants["DOT"] = getattr(tl, str(configuration.dtype).removeprefix("torch."))
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     constants.update({name: 1 for name in kernel.arg_names if name.startswith("stride") and name.endswith("s_d")})
-    pointers = {name: "*" + TYPES[configuration.dtype] for name in ("patches", "prompts", "result")} | POINTERS
+    pointers = dict.fromkeys(("patches", "prompts", "result"), "*" + TYPES[configuration.dtype]) | POINTERS
 
     def kind(name: str) -> str | tuple[str, ...]:
         if name in constants:
@@ -166,7 +167,7 @@ def compiled(configuration: Configuration) -> triton.compiler.CompiledKernel:
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)
-        if name in pointers or name in MULTIPLES_OF_16
+        if (name in pointers and name != "values") or name in MULTIPLES_OF_16
     }
     signature = {name: kind(name) for name in kernel.arg_names}
     return triton.compile(

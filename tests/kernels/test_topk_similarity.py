@@ -358,7 +358,7 @@ def test_without_gradients_no_selection_is_kept(impl):
 def test_offsets_beyond_2_to_31():
     # The stride fits 32 bits, its double does not. Untouched pages of the large storage take no memory.
     storage = torch.empty(2**31 + 4096, dtype=torch.float16, device=DEVICE)
-    far = storage.as_strided((3, 20, 8), (2**30, 8, 1))
-    near = draw_inputs((3, 20, 1, 3, 8), [[4]], torch.float16, device=DEVICE)
+    far = storage.as_strided((3, 20, 16), (2**30, 16, 1))
+    near = draw_inputs((3, 20, 1, 3, 16), [[4]], torch.float16, device=DEVICE)
     far.copy_(near.patches)
     assert all(map(torch.equal, run(near, "triton"), run(Inputs(far, near.prompts, near.k, near.grad), "triton")))

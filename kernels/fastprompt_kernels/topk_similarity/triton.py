@@ -69,6 +69,7 @@ def forward(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]], keep: 
     selected = torch.empty(shape, dtype=dtype, device=patches.device)
     if values.numel() == 0 or D == 0:
         return values.zero_(), selected.zero_()
+    patches, prompts = _aligned(patches), _aligned(prompts)
     index = index_dtype(patches, prompts, values, selected)
     # One launch a prompt: K, the length of the sorted run, is a constant of the kernel and the main part of its cost.
     for n, scales in enumerate(k):
@@ -76,7 +77,7 @@ def forward(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]], keep: 
         images = blocks["BLOCK_P"] >> blocks["LOG_ROW"]
         forward_kernel[(triton.cdiv(B, images) * triton.cdiv(C, blocks["BLOCK_C"]),)](
             patches, prompts[n], values[:, n], selected[:, n * S :] if keep else selected, tuple(scales),
-            B, C, P, D, *patches.stride(), *prompts.stride()[1:], values.stride(0), selected.stride(0),
+            B, C, P, patches.shape[2], *patches.stride(), *prompts.stride()[1:], values.stride(0), selected.stride(0),
             SCALES=S, KEEP=keep, DOT=_dot_dtype(patches.dtype), INDEX=index, **blocks,
         )  # fmt: skip
     return values, selected
@@ -84,6 +85,7 @@ def forward(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]], keep: 
 
 def grad_patches(grad: Tensor, prompts: Tensor, selected: Tensor, k: Sequence[Sequence[int]], P: int) -> Tensor:
     """The gradient (B, P, D) in the inputs' dtype, from that of the values (B, N, C)."""
+    prompts, width = _aligned(prompts), prompts.shape[2]
     B, (N, C, D) = len(grad), prompts.shape
     result = torch.empty(B, P, D, dtype=prompts.dtype, device=prompts.device)
     if result.numel() == 0:
@@ -93,7 +95,7 @@ def grad_patches(grad: Tensor, prompts: Tensor, selected: Tensor, k: Sequence[Se
         _level_grad(grad, k), selected, prompts, result, N, C, P, D, *prompts.stride(),
         SCALES=len(k[0]), DOT=_dot_dtype(prompts.dtype), INDEX=index_dtype(prompts, result, selected), **blocks,
     )  # fmt: skip
-    return result
+    return result[..., :width].contiguous()
 
 
 def grad_prompts(grad: Tensor, patches: Tensor, selected: Tensor, k: Sequence[Sequence[int]]) -> Tensor:
@@ -102,6 +104,7 @@ def grad_prompts(grad: Tensor, patches: Tensor, selected: Tensor, k: Sequence[Se
     With few classes there are few tiles. The images are then shared out to several programs a tile, whose sums are
     added in the end, always in the same order.
     """
+    patches, width = _aligned(patches), patches.shape[2]
     (B, P, D), (_, N, C) = patches.shape, grad.shape
     blocks = grad_prompts_blocks(patches.dtype)
     rows, columns = N * triton.cdiv(C, blocks["BLOCK_C"]), triton.cdiv(D, blocks["BLOCK_D"])
@@ -114,7 +117,8 @@ def grad_prompts(grad: Tensor, patches: Tensor, selected: Tensor, k: Sequence[Se
             _level_grad(grad, k), selected, patches, partial, B, N, C, P, D, images, *patches.stride(),
             SCALES=len(k[0]), DOT=_dot_dtype(patches.dtype), INDEX=index_dtype(patches, partial, selected), **blocks,
         )  # fmt: skip
-    return partial[0] if parts == 1 else partial.sum(0).to(patches.dtype)
+    result = partial[0] if parts == 1 else partial.sum(0).to(patches.dtype)
+    return result[..., :width].contiguous()
 
 
 def architecture(device: torch.device) -> str:
@@ -162,6 +166,14 @@ def grad_prompts_blocks(dtype: torch.dtype) -> dict[str, int]:
     if dtype.itemsize == 2:
         return {"BLOCK_C": 128, "BLOCK_P": 32, "BLOCK_D": 256, "num_warps": 8, "num_stages": 3}
     return {"BLOCK_C": 32, "BLOCK_P": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
+
+
+def _aligned(features: Tensor) -> Tensor:
+    """The features (.., .., D), or a copy padded with zeros, so that the kernels can load 16 elements at once."""
+    strides = features.stride()
+    if features.shape[2] % 16 == 0 and strides[2] == 1 and all(s % 16 == 0 for s in strides[:2]):
+        return features
+    return torch.nn.functional.pad(features, (0, -features.shape[2] % 16)).contiguous()
 
 
 def _level_grad(grad: Tensor, k: Sequence[Sequence[int]]) -> Tensor:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "C", "P"])
 def grad_patches_kernel(
     level_grad, selected, prompts, result,
     N, C, P, D,
@@ -42,7 +42,7 @@ def grad_patches_kernel(
     tl.store(address, total.to(result.dtype.element_ty), mask=(p < P)[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "N", "C", "P", "images"])
 def grad_prompts_kernel(
     level_grad, selected, patches, partial,
     B, N, C, P, D, images,

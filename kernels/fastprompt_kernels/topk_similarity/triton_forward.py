@@ -1,15 +1,15 @@
 """The forward kernel of topk_similarity: product, selection and means of one tile, without leaving the registers.
 
 A tile is the similarity of some classes to BLOCK_P patches: those of one image, or of several where they are few. The
-K largest of every row come from a sorting network. More than BLOCK_P patches pass through in chunks; the K largest so
-far are merged with those of each chunk, and the selection is found in a second pass over the chunks, for only then it is
-known what is the last similarity to be selected.
+K largest of every row come from a sorting network. More than 256 patches pass through in chunks; the K largest so far
+are merged with those of each chunk, and the selection is found in a second pass over the chunks, for only then it is
+known which similarity is the last to be selected.
 """
 
 import triton
 import triton.language as tl
 
-from ..sorting_network import by_row, cut, largest, merge
+from ..triton_sorting import by_row, cut, largest, merge
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def similarity(
 
 @triton.jit
 def _pack(scores, last, EQUAL: tl.constexpr):
-    """The words (R, G, BLOCKS, 4) of the scores (R, G, L) that are at least, or equal to, the last (R, G) of their row."""
+    """Selection words (R, G, BLOCKS, 4): which scores (R, G, L) are at least the last (R, G) of their row, or EQUAL."""
     R: tl.constexpr = scores.shape[0]
     G: tl.constexpr = scores.shape[1]
     BLOCKS: tl.constexpr = tl.cdiv(scores.shape[2], 128)
@@ -104,7 +104,10 @@ def _store_selection(row, scores, last, k, room, start, P, inside, CHUNKED: tl.c
     return room
 
 
-@triton.jit(do_not_specialize=["k", "B", "C", "P"])
+@triton.jit(
+    do_not_specialize=["k", "B", "C", "P", "stride_values_b", "stride_selected_b"],
+    do_not_specialize_on_alignment=["values"],
+)
 def forward_kernel(
     patches, prompts, values, selected, k,
     B, C, P, D,

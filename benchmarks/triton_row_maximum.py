@@ -5,7 +5,7 @@ import triton.language as tl
 from fastprompt_kernels.topk_similarity.triton_forward import similarity
 
 
-@triton.jit(do_not_specialize=["B", "C", "P"])
+@triton.jit(do_not_specialize=["B", "C", "P", "stride_values_b"], do_not_specialize_on_alignment=["values"])
 def row_maximum_kernel(
     patches, prompts, values,
     B, C, P, D,
