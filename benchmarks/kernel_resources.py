@@ -162,7 +162,7 @@ def compiled(configuration: Configuration) -> triton.compiler.CompiledKernel:
     def kind(name: str) -> str | tuple[str, ...]:
         if name in constants:
             return "constexpr"
-        return pointers.get(name, ("i32",) * configuration.scales if name == "k" else "i32")
+        return pointers.get(name, ("fp32",) * configuration.scales if name == "k" else "i32")
 
     aligned = {
         (index,): [["tt.divisibility", 16]]
@@ -184,16 +184,16 @@ def listing(binary: bytes, option: str) -> str:
         return subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout
 
 
-def instructions(code: str) -> int:
-    """How many instructions a listing has, without the block that only runs where similarities tie.
+def instructions(code: str, scales: int = 0) -> int:
+    """How many instructions a listing has, without the block of each scale that only runs where similarities tie.
 
-    That block is the longest that a branch behind the product skips.
+    Those blocks are the longest that a branch behind the product skips.
     """
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", code)
     product = max((int(address, 16) for address, name in lines if "MMA" in name), default=0)
     branches = re.findall(r"/\*([0-9a-f]{4,})\*/\s+@!?U?P\w+ BRA (?:\S+, )?0x([0-9a-f]+)", code)
     skipped = [(int(end, 16) - int(start, 16)) // 16 - 1 for start, end in branches if int(start, 16) > product]
-    return sum(name != "NOP" for _, name in lines) - max(skipped, default=0)
+    return sum(name != "NOP" for _, name in lines) - sum(sorted(skipped, reverse=True)[:scales])
 
 
 def measure(configuration: Configuration) -> Row:
@@ -211,7 +211,8 @@ def measure(configuration: Configuration) -> Row:
         usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", listing(kernel.asm["cubin"], "--dump-resource-usage")))
         registers, spilled = int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
         code = listing(kernel.asm["cubin"], "--dump-sass")
-        count = instructions(code) if configuration.target == "sm_90" else 0
+        scales = configuration.scales if configuration.kernel == "forward_kernel" and configuration.keep else 0
+        count = instructions(code, scales) if configuration.target == "sm_90" else 0
     units = " ".join(sorted(set(TENSOR_CORES.findall(code))))
     return Row(
         *key(configuration), registers, spilled, kernel.metadata.shared, units, count,

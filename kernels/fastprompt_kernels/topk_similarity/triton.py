@@ -76,7 +76,7 @@ def forward(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]], keep: 
         blocks = forward_blocks(architecture(patches.device), patches.dtype, P, max(scales), keep)
         images = blocks["BLOCK_P"] >> blocks["LOG_ROW"]
         forward_kernel[(triton.cdiv(B, images) * triton.cdiv(C, blocks["BLOCK_C"]),)](
-            patches, prompts[n], values[:, n], selected[:, n * S :] if keep else selected, tuple(scales),
+            patches, prompts[n], values[:, n], selected[:, n * S :] if keep else selected, tuple(map(float, scales)),
             B, C, P, patches.shape[2], *patches.stride(), *prompts.stride()[1:], values.stride(0), selected.stride(0),
             SCALES=S, KEEP=keep, DOT=_dot_dtype(patches.dtype), INDEX=index, **blocks,
         )  # fmt: skip

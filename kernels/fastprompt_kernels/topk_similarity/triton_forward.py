@@ -105,7 +105,7 @@ def _store_selection(row, scores, last, k, room, start, P, inside, CHUNKED: tl.c
 
 
 @triton.jit(
-    do_not_specialize=["k", "B", "C", "P", "stride_values_b", "stride_selected_b"],
+    do_not_specialize=["B", "C", "P", "stride_values_b", "stride_selected_b"],
     do_not_specialize_on_alignment=["values"],
 )
 def forward_kernel(
@@ -117,7 +117,10 @@ def forward_kernel(
     LOG_K: tl.constexpr, LOG_ROW: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Values, and selection bits if KEEP, of one prompt, BLOCK_C classes and BLOCK_P >> LOG_ROW images."""
+    """Values, and selection bits if KEEP, of one prompt, BLOCK_C classes and BLOCK_P >> LOG_ROW images.
+
+    The scales k are floats because Triton would compile the kernel again for an integer of 1 or a multiple of 16.
+    """
     IMAGES: tl.constexpr = BLOCK_P >> LOG_ROW
     L: tl.constexpr = 1 << LOG_ROW
     tiles = tl.cdiv(C, BLOCK_C)
@@ -144,22 +147,22 @@ def forward_kernel(
 
     mean = tl.zeros(top[0].shape, tl.float32)
     for s in tl.static_range(SCALES):
-        total = top[0]
+        count, total = tl.full((), k[s], tl.int32), top[0]
         for i in tl.static_range(1, 1 << LOG_K):
-            total += tl.where(i < k[s], top[i], 0.0)
+            total += tl.where(i < count, top[i], 0.0)
         mean += total / k[s]
     b = (first_image + tl.arange(0, IMAGES)).to(INDEX)[None, :]
     inside = (b < B) & (c < C)[:, None]
     tl.store(values + b * stride_values_b + c[:, None], by_row(mean / SCALES, BLOCK_C, IMAGES), mask=inside)
 
     for s in tl.static_range(SCALES if KEEP else 0):
-        last = top[0]
+        count, last = tl.full((), k[s], tl.int32), top[0]
         for i in tl.static_range(1, 1 << LOG_K):
-            last = tl.where(i < k[s], top[i], last)
+            last = tl.where(i < count, top[i], last)
         larger = tl.zeros(last.shape, tl.int32)
         for i in tl.static_range((1 << LOG_K) if CHUNKED else 0):
             larger += (top[i] > last).to(tl.int32)
-        last, room = by_row(last, BLOCK_C, IMAGES), k[s] - by_row(larger, BLOCK_C, IMAGES)
+        last, room = by_row(last, BLOCK_C, IMAGES), count - by_row(larger, BLOCK_C, IMAGES)
         row = selected + b * stride_selected_b + (s * C + c[:, None]).to(INDEX) * (4 * tl.cdiv(P, 128))
         if CHUNKED:
             for start in range(0, P, BLOCK_P):
@@ -169,6 +172,6 @@ def forward_kernel(
                     LOG_ROW, DOT, INDEX, BLOCK_P, BLOCK_D,
                 )  # fmt: skip
                 tile = scores.reshape(BLOCK_C, IMAGES, L)
-                room = _store_selection(row, tile, last, k[s], room, start, P, inside, CHUNKED)
+                room = _store_selection(row, tile, last, count, room, start, P, inside, CHUNKED)
         else:
-            _store_selection(row, scores.reshape(BLOCK_C, IMAGES, L), last, k[s], room, 0, P, inside, CHUNKED)
+            _store_selection(row, scores.reshape(BLOCK_C, IMAGES, L), last, count, room, 0, P, inside, CHUNKED)
