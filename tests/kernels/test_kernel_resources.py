@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from benchmarks import kernel_resources as resources
 
 # The most shared memory that one program may use, and the registers that one thread may have.
