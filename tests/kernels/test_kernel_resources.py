@@ -14,7 +14,7 @@ SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx94
 REGISTERS = {"sm_80": 255, "sm_90": 255, "sm_100": 255, "gfx942": 256}
 TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 # Instructions of sm_90 an element of 256 columns, bf16: the selection alone, and with the selection bits of one scale.
-BUDGET = {(4, False): 4.5, (8, False): 9, (16, False): 13.5, (32, False): 20, (16, True): 16.5}
+BUDGET = {(4, False): 5, (8, False): 8.5, (16, False): 13.5, (32, False): 19.5, (8, True): 12, (16, True): 16.5}
 
 
 def check(rows):
@@ -50,7 +50,7 @@ def test_telling_kernels_fit_their_targets(tmp_path):
     rows = [resources.Row(**row) for row in json.loads(process.stdout)]
     assert {row.target for row in rows} == set(SHARED)
     assert {row.kernel for row in rows} == {"forward_kernel", "grad_patches_kernel", "grad_prompts_kernel"}
-    assert {(4, False), (16, False), (16, True)} & {(row.k, row.keep) for row in rows if row.per_element}
+    assert {(16, False), (16, True)} <= {(row.k, row.keep) for row in rows if row.per_element}
     check(rows)
 
 

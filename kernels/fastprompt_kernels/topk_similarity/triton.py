@@ -134,7 +134,7 @@ def forward_blocks(target: str, dtype: torch.dtype, P: int, k: int, keep: bool) 
     """Tile sizes and warps of the forward kernel.
 
     64 classes x 256 patches on 4 warps leave 64 columns of a row in one thread of sm_90, where its network runs without
-    exchange: 13 instructions an element for 16 of 196 patches, against some 30 with 8 warps. The other targets spread a
+    exchange: 13 instructions an element for 16 of 196 patches, 17 with 8 warps. The other targets spread a
     row over more threads and spill with 4 warps, and so does sm_90 where a run of 32 and the selection are wanted at
     once. A float32 product keeps its operands in registers too and gets half the tile, a
     quarter with a run of 64. Up to 64 patches, two images
