@@ -19,7 +19,7 @@ from torch import Tensor
 from .triton_backward import grad_patches_kernel, grad_prompts_kernel
 from .triton_forward import forward_kernel
 
-# The longest sorted run. A run of 128 no longer fits the registers beside a tile: it spills on every target.
+# The longest sorted run. A run of 128 spills on sm_90: 120 bytes a thread without the selection, 160 with it.
 MAX_K = 64
 
 # Programs of grad_prompts that there should be at least where images are many: two for each of the 132 processors of
