@@ -152,7 +152,7 @@ def compiled(configuration: Configuration) -> triton.compiler.CompiledKernel:
     """The kernel as the launcher would compile it for contiguous, aligned inputs."""
     kernel = KERNELS[configuration.kernel][0]
     blocks = dict(configuration.blocks)
-    options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
+    options = {name: blocks.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in blocks}
     constants = {**blocks, "SCALES": configuration.scales, "KEEP": configuration.keep, "INDEX": tl.int32}
     constants["DOT"] = getattr(tl, str(configuration.dtype).removeprefix("torch."))
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}

@@ -151,7 +151,9 @@ def forward_blocks(target: str, dtype: torch.dtype, P: int, k: int, keep: bool) 
         blocks |= {"CHUNKED": False, "LOG_ROW": 6, "BLOCK_P": 128}
     fits = log_k < 5 or blocks["BLOCK_P"] == 128 or not keep
     warps, stages = (4, 4) if target == "sm_90" and wide and fits else (8, 2)
-    return {**blocks, "num_warps": warps, "num_stages": stages}
+    # Left alone, ptxas stops at 128 registers on sm_100 and spills a few bytes.
+    limit = {"maxnreg": 224} if target == "sm_100" else {}
+    return {**blocks, "num_warps": warps, "num_stages": stages, **limit}
 
 
 def grad_patches_blocks(dtype: torch.dtype, P: int) -> dict[str, int]:
