@@ -88,13 +88,12 @@ def grad_patches(grad: Tensor, prompts: Tensor, selected: Tensor, k: Sequence[Se
     prompts, width = _aligned(prompts), prompts.shape[2]
     B, (N, C, D) = len(grad), prompts.shape
     result = torch.empty(B, P, D, dtype=prompts.dtype, device=prompts.device)
-    if result.numel() == 0:
-        return result
     blocks = grad_patches_blocks(prompts.dtype, P)
-    grad_patches_kernel[(B * triton.cdiv(P, blocks["BLOCK_P"]), triton.cdiv(D, blocks["BLOCK_D"]))](
-        _level_grad(grad, k), selected, prompts, result, N, C, P, D, *prompts.stride(),
-        SCALES=len(k[0]), DOT=_dot_dtype(prompts.dtype), INDEX=index_dtype(prompts, result, selected), **blocks,
-    )  # fmt: skip
+    if result.numel() > 0:
+        grad_patches_kernel[(B * triton.cdiv(P, blocks["BLOCK_P"]), triton.cdiv(D, blocks["BLOCK_D"]))](
+            _level_grad(grad, k), selected, prompts, result, N, C, P, D, *prompts.stride(),
+            SCALES=len(k[0]), DOT=_dot_dtype(prompts.dtype), INDEX=index_dtype(prompts, result, selected), **blocks,
+        )  # fmt: skip
     return result[..., :width].contiguous()
 
 
