@@ -133,15 +133,14 @@ def forward_blocks(target: str, dtype: torch.dtype, P: int, k: int, keep: bool) 
     """Tile sizes and warps of the forward kernel.
 
     64 classes x 256 patches on 4 warps leave 64 columns of a row in one thread of sm_90, where its network runs without
-    exchange: 13 instructions an element for 16 of 196 patches, 17 with 8 warps. The other targets spread a
-    row over more threads and spill with 4 warps, and so does sm_90 where a run of 32 and the selection are wanted at
-    once. A float32 product keeps its operands in registers too and gets half the tile, a
-    quarter with a run of 64. Up to 64 patches, two images
+    exchange: 13 instructions an element for 16 of 196 patches, 17 with 8 warps. The other targets spread a row over
+    more threads and spill with 4 warps, and so does sm_90 where a run of 32 and the selection are wanted at once. A
+    float32 product keeps its operands in registers too and gets a quarter of the tile. Up to 64 patches, two images
     share 128 columns: with 256 the last exchanges spill. Above 256, patches come in chunks of 128, which waste less of
     the last chunk and leave registers for the run; a run of 64 does not fit beside 256 columns, so it has them too.
     """
     log_k, wide = max(2, (k - 1).bit_length()), dtype.itemsize == 2
-    blocks = {"LOG_K": log_k, "BLOCK_C": 64 if wide else 32 if log_k < 6 else 16, "BLOCK_D": 32 if wide else 16}
+    blocks = {"LOG_K": log_k, "BLOCK_C": 64 if wide else 16, "BLOCK_D": 32 if wide else 16}
     if P > 256 or log_k == 6:
         blocks |= {"CHUNKED": True, "LOG_ROW": 7, "BLOCK_P": 128}
     elif P > 64:
@@ -150,8 +149,8 @@ def forward_blocks(target: str, dtype: torch.dtype, P: int, k: int, keep: bool) 
         blocks |= {"CHUNKED": False, "LOG_ROW": 6, "BLOCK_P": 128}
     fits = log_k < 5 or blocks["BLOCK_P"] == 128 or not keep
     warps, stages = (4, 4) if target == "sm_90" and wide and fits else (8, 2)
-    # Left alone, ptxas stops at 128 registers on sm_100 and spills a few bytes.
-    limit = {"maxnreg": 224} if target == "sm_100" else {}
+    # Left alone, ptxas stops at 128 registers with 8 warps there and spills a few bytes.
+    limit = {"maxnreg": 224} if warps == 8 and target in ("sm_90", "sm_100") else {}
     return {**blocks, "num_warps": warps, "num_stages": stages, **limit}
 
 
