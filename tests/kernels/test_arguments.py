@@ -41,8 +41,8 @@ def test_unknown_names():
         topk_similarity(PATCHES, PROMPTS, 2, impl="cuda")
 
 
-def test_more_patches_than_the_kernels_hold_are_refused_by_triton_only():
-    patches, prompts = torch.ones(1, 1025, 8), torch.ones(1, 1, 8)
-    with pytest.raises(ValueError, match="at most 1024 patches, not 1025"):
-        topk_similarity(patches, prompts, 2, impl="triton")
-    assert topk_similarity(patches, prompts, 2).item() == 8
+def test_more_than_the_kernels_select_is_refused_by_triton_only():
+    patches, prompts = torch.ones(1, 66, 8), torch.ones(1, 1, 8)
+    with pytest.raises(ValueError, match="hold at most 64, not 65"):
+        topk_similarity(patches, prompts, 65, impl="triton")
+    assert topk_similarity(patches, prompts, 65).item() == 8

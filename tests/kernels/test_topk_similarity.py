@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
+import triton.language as tl
 from fastprompt_kernels import selected_patches, topk_similarity
 from fastprompt_kernels.testing import Inputs, assert_as_accurate, draw_inputs, poisoned_memory
-from fastprompt_kernels.topk_similarity import blocked
+from fastprompt_kernels.topk_similarity import blocked, triton
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,10 +25,10 @@ repeatable = settings(
 
 
 @st.composite
-def inputs_strategy(draw: st.DrawFn) -> Inputs:
+def inputs_strategy(draw: st.DrawFn, largest_k: int = 310) -> Inputs:
     B, P, N = draw(st.integers(0, 3)), draw(st.integers(1, 300)), draw(st.integers(1, 5))
     C, D, S = draw(st.integers(1, 70)), draw(st.integers(8, 128)), draw(st.integers(1, 3))
-    k = st.integers(1, P + 10) | st.integers(1, 20)
+    k = st.integers(1, min(P + 10, largest_k)) | st.integers(1, 20)
     row = st.lists(k, min_size=S, max_size=S) | st.lists(k, min_size=1, max_size=1)  # as many scales each, or one
     return draw_inputs(
         (B, P, N, C, D),
@@ -89,16 +90,40 @@ def test_error_rule(impl, inputs):
     check(inputs, impl)
 
 
-@given(inputs=inputs_strategy())
+@given(inputs=inputs_strategy(largest_k=64))
 @settings(repeatable, max_examples=20)
 def test_error_rule_of_the_kernels(inputs):
     check(inputs, "triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1024, 1, 3, 9), (2, 577, 1, 17, 100), (2, 1, 2, 65, 8), (1, 256, 1, 1, 64)])
+@pytest.mark.parametrize("shape", [(1, 1024, 1, 3, 9), (2, 577, 1, 17, 100), (3, 64, 2, 65, 8), (1, 256, 1, 1, 64)])
 def test_error_rule_of_the_kernels_at_the_borders(shape, dtype):
     check(draw_inputs(shape, [[7]] * shape[2], dtype, device=DEVICE), "triton")
+
+
+def test_equal_patches_of_several_chunks():
+    # Larger ones of later chunks take the places of equal ones of earlier chunks.
+    check(draw_inputs((2, 300, 1, 5, 4), [[20, 3]], torch.float32, ties=True, device=DEVICE), "triton")
+
+
+def test_images_are_shared_out_to_programs(monkeypatch):
+    monkeypatch.setattr(triton, "PROGRAMS", 5)
+    check(draw_inputs((5, 30, 2, 9, 8), [[3], [4]], torch.bfloat16, device=DEVICE), "triton")
+
+
+def test_the_index_type_follows_the_largest_offset(monkeypatch):
+    def index_dtype(size, stride):
+        return str(triton.index_dtype(torch.empty(8), torch.empty_strided(size, stride, device="meta")))
+
+    assert index_dtype((2**16, 2**15), (2**15, 1)) == "int32"
+    assert index_dtype((2**16, 2**15 + 1), (2**15 + 1, 1)) == "int64"
+    assert index_dtype((2, 2), (2**31 - 1, 1)) == "int64"
+    inputs = draw_inputs((2, 150, 2, 5, 8), [[3], [4]], torch.float32, device=DEVICE)
+    expected = run(inputs, "triton")
+    monkeypatch.setattr(triton, "INT32_REACH", 0)
+    assert triton.index_dtype(inputs.patches) == tl.int64
+    assert all(map(torch.equal, run(inputs, "triton"), expected))
 
 
 @pytest.fixture
@@ -157,7 +182,7 @@ def test_among_equal_patches_the_first_receive_the_gradient(impl, k, share):
 
 
 @each_implementation
-@pytest.mark.parametrize("k", [1, 7, 63, 64, 65])
+@pytest.mark.parametrize("k", [1, 7, 63, 64])
 def test_where_all_patches_are_equal_the_first_k_count(impl, k):
     patches = torch.ones(2, 65, 8, device=DEVICE, requires_grad=True)
     prompts = torch.ones(2, 3, 8, device=DEVICE)
@@ -332,7 +357,7 @@ def test_without_gradients_no_selection_is_kept(impl):
 def test_offsets_beyond_2_to_31():
     # The stride fits 32 bits, its double does not. Untouched pages of the large storage take no memory.
     storage = torch.empty(2**31 + 4096, dtype=torch.float16, device=DEVICE)
-    far = storage.as_strided((3, 20, 8), (2**30, 8, 1))
-    near = draw_inputs((3, 20, 1, 3, 8), [[4]], torch.float16, device=DEVICE)
+    far = storage.as_strided((3, 20, 16), (2**30, 16, 1))
+    near = draw_inputs((3, 20, 1, 3, 16), [[4]], torch.float16, device=DEVICE)
     far.copy_(near.patches)
     assert all(map(torch.equal, run(near, "triton"), run(Inputs(far, near.prompts, near.k, near.grad), "triton")))
