@@ -18,8 +18,9 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +29,7 @@ import torch
 import triton
 import triton.language as tl
 from fastprompt_kernels import triton_sorting
+from fastprompt_kernels.patch_statistics import triton as statistics
 from fastprompt_kernels.topk_similarity import triton as launch
 from fastprompt_kernels.topk_similarity import triton_backward, triton_forward
 from triton.backends.compiler import GPUTarget
@@ -107,24 +109,53 @@ KERNELS: dict[str, tuple[object, tuple[ModuleType, ...]]] = {
     "grad_patches_kernel": (triton_backward.grad_patches_kernel, (triton_backward,)),
     "grad_prompts_kernel": (triton_backward.grad_prompts_kernel, (triton_backward,)),
     "row_maximum_kernel": (row_maximum_kernel, (triton_forward,)),
+    "statistics_kernel": (statistics.statistics_kernel, (statistics,)),
+    "statistics_grad_kernel": (statistics.statistics_grad_kernel, (statistics,)),
 }
-POINTERS = {"values": "*fp32", "level_grad": "*fp32", "partial": "*fp32", "selected": "*i32"}
-MULTIPLES_OF_16 = ("D", "stride_patches_b", "stride_patches_p", "stride_prompts_n", "stride_prompts_c")
+FEATURES = ("patches", "prompts", "result", "mine", "others")
+FLOATS = ("values", "level_grad", "partial", "maximum", "logsumexp", "entropy", "grads", "unit")
+POINTERS = dict.fromkeys(FLOATS, "*fp32") | {"selected": "*i32", "largest": "*i32", "rank": "*i64", "labels": "*i64"}
+MULTIPLES_OF_16 = (
+    "D", "stride_patches_b", "stride_patches_p", "stride_prompts_n", "stride_prompts_c", "stride_mine_outer",
+    "stride_mine_inner", "stride_others_outer", "stride_others_inner",
+)  # fmt: skip
 
 
 def configurations(targets: Iterable[str] = TARGETS, dtypes: Iterable[torch.dtype] = DTYPES) -> Iterator[Configuration]:
-    """Every configuration of the launch tables."""
+    """Every configuration of the launch tables; of topk_similarity with int64 offsets those of runs of 16."""
+    targets, dtypes = list(targets), list(dtypes)
     for dtype in dtypes:
         for target in targets:
-            for patches, k in ((patches, k) for patches in (64, 256, 0) for k in (4, 8, 16, 32, 64)):
-                for keep, scales in ((False, 1), (True, 1), (True, 4)) if k == 16 else ((False, 1), (True, 1)):
-                    blocks = tuple(launch.forward_blocks(target, dtype, patches or 1024, k, keep).items())
-                    yield Configuration("forward_kernel", target, dtype, patches, k, keep, scales, blocks)
-            for patches in (64, 0):
-                blocks = tuple(launch.grad_patches_blocks(dtype, patches or 1024).items())
-                yield Configuration("grad_patches_kernel", target, dtype, patches, 0, True, 1, blocks)
-            blocks = tuple(launch.grad_prompts_blocks(dtype).items())
-            yield Configuration("grad_prompts_kernel", target, dtype, 0, 0, True, 1, blocks)
+            yield from _statistics(target, dtype)
+            for usual in _similarity(target, dtype):
+                yield usual
+                if usual.keep and usual.scales == 1 and usual.k in (0, 16):
+                    yield replace(usual, blocks=(*usual.blocks, ("INDEX", 64)))
+
+
+def _statistics(target: str, dtype: torch.dtype) -> Iterator[Configuration]:
+    """Those of patch_statistics."""
+    for index in (tl.int32, tl.int64):
+        bits = () if index == tl.int32 else (("INDEX", 64),)
+        for keep, rank in product((False, True), (0, 1)):
+            blocks = (*statistics.forward_blocks(dtype, index).items(), ("RANK", rank), *bits)
+            yield Configuration("statistics_kernel", target, dtype, 0, 0, keep, 1, blocks)
+        for of_patches in (0, 1):
+            blocks = (*statistics.backward_blocks(dtype).items(), ("PATCHES", of_patches), *bits)
+            yield Configuration("statistics_grad_kernel", target, dtype, 0, 0, True, 1, blocks)
+
+
+def _similarity(target: str, dtype: torch.dtype) -> Iterator[Configuration]:
+    """Those of topk_similarity."""
+    for patches, k in ((patches, k) for patches in (64, 256, 0) for k in (4, 8, 16, 32, 64)):
+        for keep, scales in ((False, 1), (True, 1), (True, 4)) if k == 16 else ((False, 1), (True, 1)):
+            blocks = tuple(launch.forward_blocks(target, dtype, patches or 1024, k, keep).items())
+            yield Configuration("forward_kernel", target, dtype, patches, k, keep, scales, blocks)
+    for patches in (64, 0):
+        blocks = tuple(launch.grad_patches_blocks(dtype, patches or 1024).items())
+        yield Configuration("grad_patches_kernel", target, dtype, patches, 0, True, 1, blocks)
+    blocks = tuple(launch.grad_prompts_blocks(dtype).items())
+    yield Configuration("grad_prompts_kernel", target, dtype, 0, 0, True, 1, blocks)
 
 
 def key(configuration: Configuration) -> tuple:
@@ -139,12 +170,11 @@ def source(kernel: str) -> str:
     """A short hash of the code that a kernel is compiled from; comments and docstrings do not count."""
     digest = hashlib.sha256()
     for module in KERNELS[kernel][1]:
-        tree = ast.parse(inspect.getsource(module))
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-                body.pop(0)
-        digest.update(ast.dump(tree).encode())
+        for node in ast.parse(inspect.getsource(module)).body:
+            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(one) for one in node.decorator_list):
+                if ast.get_docstring(node) is not None:
+                    node.body.pop(0)
+                digest.update(ast.unparse(node).encode())
     return digest.hexdigest()[:12]
 
 
@@ -153,16 +183,19 @@ def compiled(configuration: Configuration) -> triton.compiler.CompiledKernel:
     kernel = KERNELS[configuration.kernel][0]
     blocks = dict(configuration.blocks)
     options = {name: blocks.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in blocks}
-    constants = {**blocks, "SCALES": configuration.scales, "KEEP": configuration.keep, "INDEX": tl.int32}
+    index = {32: tl.int32, 64: tl.int64}[blocks.pop("INDEX", 32)]
+    constants = {**blocks, "SCALES": configuration.scales, "KEEP": configuration.keep, "INDEX": index}
+    # Classes are images of one patch to the gradients of patch_statistics.
+    constants |= {"OTHERS_INNER": 1, "stride_unit": 1} if blocks.get("PATCHES") else {"MINE_INNER": 1}
     constants["DOT"] = getattr(tl, str(configuration.dtype).removeprefix("torch."))
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     constants.update({name: 1 for name in kernel.arg_names if name.startswith("stride") and name.endswith("s_d")})
-    pointers = dict.fromkeys(("patches", "prompts", "result"), "*" + TYPES[configuration.dtype]) | POINTERS
+    pointers = dict.fromkeys(FEATURES, "*" + TYPES[configuration.dtype]) | POINTERS
 
     def kind(name: str) -> str | tuple[str, ...]:
         if name in constants:
             return "constexpr"
-        return pointers.get(name, ("fp32",) * configuration.scales if name == "k" else "i32")
+        return pointers.get(name) or {"k": ("fp32",) * configuration.scales, "scale": "fp32"}.get(name, "i32")
 
     aligned = {
         (index,): [["tt.divisibility", 16]]
