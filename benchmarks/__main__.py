@@ -83,6 +83,17 @@ class BreakEven:
 
 
 @dataclass(frozen=True)
+class KernelResources:
+    """Compile every Triton kernel that can be launched, for every target; needs no GPU, and half an hour on two cores.
+
+    Completes the table of registers, spills, shared memory and instructions: what it has already is not compiled again.
+    """
+
+    file: Path = results.FOLDER / "kernel_resources.csv"
+    """The table."""
+
+
+@dataclass(frozen=True)
 class Plot:
     """Draw how time and memory grow with the size of the problem, for every benchmark that has rows to draw."""
 
@@ -96,6 +107,7 @@ Command = (
     | Annotated[PatchStatistics, subcommand("patch_statistics")]
     | Annotated[CallOverhead, subcommand("call_overhead")]
     | Annotated[BreakEven, subcommand("break_even")]
+    | Annotated[KernelResources, subcommand("kernel_resources")]
     | Annotated[Plot, subcommand("plot")]
 )
 
@@ -148,6 +160,10 @@ def main() -> int:
                 run(call_overhead.BENCHMARK, command)
             case BreakEven(device, out):
                 print(break_even.measure_grid(_device(device), out))
+            case KernelResources(file):
+                from benchmarks import kernel_table  # imports triton
+
+                kernel_table.update(file)
             case Plot(out):
                 plot(out)
     except WrongResultError as error:

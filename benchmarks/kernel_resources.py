@@ -7,7 +7,6 @@ row of the same product, for each element of the padded tile. Code that only run
 """
 
 import ast
-import csv
 import hashlib
 import inspect
 import json
@@ -46,7 +45,6 @@ TARGETS = {
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TENSOR_CORES = re.compile(r"\b(HGMMA|UTCHMMA|HMMA|v_mfma)")
-FILE = Path(__file__).parent / "results" / "kernel_resources.csv"
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,10 @@ def configurations(targets: Iterable[str] = TARGETS, dtypes: Iterable[torch.dtyp
             yield from _statistics(target, dtype)
             for usual in _similarity(target, dtype):
                 yield usual
-                if usual.keep and usual.scales == 1 and usual.k in (0, 16):
+                if usual.kernel == "grad_prompts_kernel":
+                    blocks = tuple(launch.grad_prompts_blocks(dtype, tl.int64).items())
+                    yield replace(usual, blocks=(*blocks, ("INDEX", 64)))
+                elif usual.keep and usual.scales == 1 and usual.k in (0, 16):
                     yield replace(usual, blocks=(*usual.blocks, ("INDEX", 64)))
 
 
@@ -141,7 +142,7 @@ def _statistics(target: str, dtype: torch.dtype) -> Iterator[Configuration]:
             blocks = (*statistics.forward_blocks(dtype, index).items(), ("RANK", rank), *bits)
             yield Configuration("statistics_kernel", target, dtype, 0, 0, keep, 1, blocks)
         for of_patches in (0, 1):
-            blocks = (*statistics.backward_blocks(dtype).items(), ("PATCHES", of_patches), *bits)
+            blocks = (*statistics.backward_blocks(target, dtype, index).items(), ("PATCHES", of_patches), *bits)
             yield Configuration("statistics_grad_kernel", target, dtype, 0, 0, True, 1, blocks)
 
 
@@ -154,7 +155,7 @@ def _similarity(target: str, dtype: torch.dtype) -> Iterator[Configuration]:
     for patches in (64, 0):
         blocks = tuple(launch.grad_patches_blocks(dtype, patches or 1024).items())
         yield Configuration("grad_patches_kernel", target, dtype, patches, 0, True, 1, blocks)
-    blocks = tuple(launch.grad_prompts_blocks(dtype).items())
+    blocks = tuple(launch.grad_prompts_blocks(dtype, tl.int32).items())
     yield Configuration("grad_prompts_kernel", target, dtype, 0, 0, True, 1, blocks)
 
 
@@ -270,41 +271,6 @@ def survey(chosen: Iterable[Configuration], processes: int = 2) -> Iterator[Row]
     """The rows of some configurations, compiled by several processes."""
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         yield from pool.map(measure, chosen)
-
-
-def read(file: Path = FILE) -> list[Row]:
-    """The rows of a table."""
-    with file.open(newline="") as handle:
-        return [
-            Row(**{
-                field.name: field.type(text) if field.type is not bool else text == "True"
-                for field, text in ((field, line[field.name]) for field in fields(Row))
-            })
-            for line in csv.DictReader(handle)
-        ]  # fmt: skip
-
-
-def write(rows: Iterable[Row], file: Path = FILE) -> None:
-    """Write a table, each row as soon as it is known."""
-    with file.open("w", newline="") as handle:
-        table = csv.writer(handle, lineterminator="\n")
-        table.writerow([field.name for field in fields(Row)])
-        for row in rows:
-            table.writerow(asdict(row).values())
-            handle.flush()
-
-
-def update(file: Path = FILE, targets: Iterable[str] = TARGETS, dtypes: Iterable[torch.dtype] = DTYPES) -> None:
-    """Compile what the table lacks, and drop what can no longer be launched."""
-    known = {row.key: row for row in read(file)} if file.exists() else {}
-    present = [known[key(c)] for c in configurations() if key(c) in known]
-    missing = [c for c in configurations(targets, dtypes) if key(c) not in known]
-
-    def rows() -> Iterator[Row]:
-        yield from present
-        yield from survey(missing)
-
-    write(rows(), file)
 
 
 if __name__ == "__main__":

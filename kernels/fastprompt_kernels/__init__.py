@@ -1,7 +1,8 @@
 """GPU and CPU operations of fastprompt. They know tensors, and nothing of CLIP, prompts or data."""
 
+from .implementations import available_implementations
 from .patch_statistics import PatchStatistics, patch_statistics
-from .topk_similarity import available_implementations, selected_patches, topk_similarity
+from .topk_similarity import selected_patches, topk_similarity
 
 __all__ = [
     "PatchStatistics",

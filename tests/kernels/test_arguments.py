@@ -13,8 +13,8 @@ PATCHES, PROMPTS = torch.ones(2, 6, 8), torch.ones(3, 4, 8)
     [
         (PATCHES[0], PROMPTS, 2, ValueError, r"patches must have shape \(B, P, D\) .*, got \(6, 8\)"),
         (PATCHES, PROMPTS[None], 2, ValueError, r"prompts must have shape \(N, C, D\) .*, got \(1, 3, 4, 8\)"),
-        (PATCHES[:, :0], PROMPTS, 2, ValueError, "patches must have .* P and N at least 1"),
-        (PATCHES, PROMPTS[:0], 2, ValueError, "prompts must have .* P and N at least 1"),
+        (PATCHES[:, :0], PROMPTS, 2, ValueError, r"patches must have .* with P at least 1"),
+        (PATCHES, PROMPTS[:0], 2, ValueError, r"prompts must have .* with N at least 1"),
         (PATCHES, PROMPTS[..., :7], 2, ValueError, "must agree in D, got 8 and 7"),
         (PATCHES, PROMPTS.half(), 2, TypeError, "must have one dtype, got torch.float32 and torch.float16"),
         (PATCHES.long(), PROMPTS, 2, TypeError, "patches must be a floating-point tensor, got torch.int64"),

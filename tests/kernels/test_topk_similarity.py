@@ -1,17 +1,15 @@
 """topk_similarity: every implementation against the float64 reference by the error rule."""
 
-import multiprocessing
-import sys
-
 import pytest
 import torch
 import triton.language as tl
-from fastprompt_kernels import selected_patches, topk_similarity
+from fastprompt_kernels import selected_patches, topk_similarity, triton_launch
 from fastprompt_kernels.testing import Inputs, assert_as_accurate, draw_inputs, poisoned_memory
-from fastprompt_kernels.topk_similarity import blocked, triton
+from fastprompt_kernels.topk_similarity import op, triton
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.kernels.support import run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLEMENTATIONS = ["reference", "blocked", "triton"]
@@ -39,13 +37,6 @@ def inputs_strategy(draw: st.DrawFn, largest_k: int = 310) -> Inputs:
         contiguous=draw(st.booleans()),
         device=DEVICE,
     )
-
-
-def run(inputs: Inputs, impl: str, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, ...]:
-    """Values and both gradients, in another dtype if one is given."""
-    patches, prompts = (t.to(dtype or t.dtype).detach().requires_grad_() for t in (inputs.patches, inputs.prompts))
-    values = topk_similarity(patches, prompts, inputs.k, impl=impl)
-    return values.detach(), *torch.autograd.grad(values, (patches, prompts), inputs.grad.to(values.dtype))
 
 
 def share(inputs: Inputs) -> torch.Tensor:
@@ -110,28 +101,6 @@ def test_equal_patches_of_several_chunks():
 def test_images_are_shared_out_to_programs(monkeypatch):
     monkeypatch.setattr(triton, "PROGRAMS", 5)
     check(draw_inputs((5, 30, 2, 9, 8), [[3], [4]], torch.bfloat16, device=DEVICE), "triton")
-
-
-def test_the_index_type_follows_the_largest_offset(monkeypatch):
-    def index_dtype(size, stride):
-        return str(triton.index_dtype(torch.empty(8), torch.empty_strided(size, stride, device="meta")))
-
-    assert index_dtype((2**16, 2**15), (2**15, 1)) == "int32"
-    assert index_dtype((2**16, 2**15 + 1), (2**15 + 1, 1)) == "int64"
-    assert index_dtype((2, 2), (2**31 - 1, 1)) == "int64"
-    inputs = draw_inputs((2, 150, 2, 5, 8), [[3], [4]], torch.float32, device=DEVICE)
-    expected = run(inputs, "triton")
-    monkeypatch.setattr(triton, "INT32_REACH", 0)
-    assert triton.index_dtype(inputs.patches) == tl.int64
-    assert all(map(torch.equal, run(inputs, "triton"), expected))
-
-
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @each_implementation
@@ -271,80 +240,6 @@ def test_selected_patches_are_those_that_receive_gradient(k):
             assert torch.equal(selected[:, n, c], (patches.grad != 0).any(-1))
 
 
-class Seen(TorchDispatchMode):
-    """Notes the names of the operators that run and the largest floating-point tensor that they make."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.names.add(func.name())
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.numel() * tensor.itemsize)
-        return result
-
-
-@pytest.mark.parametrize("impl", ["blocked", "triton"])
-@pytest.mark.parametrize("wanted", ["patches", "prompts"])
-def test_only_requested_gradients_are_computed(impl, wanted):
-    inputs = draw_inputs((2, 9, 1, 3, 8), [[4]], torch.float32, device=DEVICE)
-    getattr(inputs, wanted).requires_grad_()
-    with Seen() as seen:
-        topk_similarity(inputs.patches, inputs.prompts, 4, impl=impl).sum().backward()
-    ours = {name for name in seen.names if name.startswith("fastprompt::topk_similarity_grad")}
-    assert ours == {f"fastprompt::topk_similarity_grad_{wanted}"}
-
-
-@pytest.mark.parametrize("k", [[[3], [5]], [[30], [40, 1]]], ids=["sums of features", "matrix products"])
-def test_blocked_cuts_the_similarity_into_tiles(monkeypatch, one_thread, k):
-    k = [row * (2 // len(row)) for row in k]
-    inputs = draw_inputs((5, 64, 2, 50, 8), k, torch.float32, device=DEVICE)
-    whole = run(inputs, "blocked")
-    for name, value in {"TILE_BYTES": 7 * 64 * 4, "FEATURE_BYTES": 3 * 64 * 8 * 4, "ENTRIES": 999}.items():
-        monkeypatch.setattr(blocked, name, value)
-    with Seen() as seen:  # sees what happens in this thread
-        selected = blocked.forward(inputs.patches, inputs.prompts, inputs.k, keep=True)[1]
-        blocked.grad_patches(inputs.grad, inputs.prompts, selected, inputs.k, 64)
-        blocked.grad_prompts(inputs.grad, inputs.patches, selected, inputs.k)
-    assert seen.largest < 3 * 50 * 64 * 4  # the similarity of one prompt for three of the images
-    for tile, tensor in zip(run(inputs, "blocked"), whole, strict=True):
-        torch.testing.assert_close(tile, tensor)
-
-
-def test_blocked_gives_the_same_bits_with_any_number_of_threads(one_thread):
-    inputs = draw_inputs((5, 70, 2, 150, 24), [[3, 9], [70, 1]], torch.float32, ties=True, device=DEVICE)
-    alone = run(inputs, "blocked")
-    torch.set_num_threads(3)
-    assert all(map(torch.equal, run(inputs, "blocked"), alone))
-    assert torch.get_num_threads() == 3
-
-
-def test_blocked_works_in_a_forked_process():
-    inputs = draw_inputs((4, 50, 2, 20, 8), [[3], [20]], torch.float32)
-    expected = run(inputs, "blocked")[0]
-    child = multiprocessing.get_context("fork").Process(target=_exit_with, args=(inputs, expected))
-    child.start()
-    child.join(60)
-    assert child.exitcode == 0
-
-
-def _exit_with(inputs: Inputs, expected: torch.Tensor) -> None:
-    torch.set_num_threads(2)
-    sys.exit(not torch.equal(topk_similarity(inputs.patches, inputs.prompts, inputs.k, impl="blocked"), expected))
-
-
-def test_blocked_leaves_torch_as_it_was(one_thread):
-    torch.set_num_threads(2)
-    precision = torch.backends.mkldnn.matmul.fp32_precision
-    run(draw_inputs((2, 30, 1, 5, 8), [[3]], torch.bfloat16, device=DEVICE), "blocked")
-    assert torch.backends.mkldnn.matmul.fp32_precision == precision
-    assert torch.get_num_threads() == 2
-
-
 @pytest.mark.parametrize("impl", ["blocked", "triton"])
 def test_without_gradients_no_selection_is_kept(impl):
     inputs = draw_inputs((2, 9, 1, 3, 8), [[4]], torch.float32, device=DEVICE)
@@ -361,3 +256,41 @@ def test_offsets_beyond_2_to_31():
     near = draw_inputs((3, 20, 1, 3, 16), [[4]], torch.float16, device=DEVICE)
     far.copy_(near.patches)
     assert all(map(torch.equal, run(near, "triton"), run(Inputs(far, near.prompts, near.k, near.grad), "triton")))
+
+
+@pytest.mark.parametrize("impl", ["blocked", "triton"])
+def test_only_requested_gradients_are_made(impl):
+    inputs = draw_inputs((2, 9, 1, 3, 8), [[4]], torch.float32, device=DEVICE)
+    grads = torch.ops.fastprompt.topk_similarity_grad
+    _, selected = torch.ops.fastprompt.topk_similarity(inputs.patches, inputs.prompts, [4], True, impl)
+    both = grads(inputs.grad, inputs.patches, inputs.prompts, selected, [4], 9, impl)
+    of_patches, nothing = grads(inputs.grad, None, inputs.prompts, selected, [4], 9, impl)
+    assert torch.equal(of_patches, both[0])
+    assert nothing.numel() == 0
+    nothing, of_prompts = grads(inputs.grad, inputs.patches, None, selected, [4], 9, impl)
+    assert torch.equal(of_prompts, both[1])
+    assert nothing.numel() == 0
+
+
+@pytest.mark.parametrize("wanted", ["patches", "prompts"])
+def test_only_requested_gradients_are_asked_for(wanted, monkeypatch):
+    asked = []
+    monkeypatch.setattr(op, "_grad", lambda *inputs: asked.append(inputs[1:3]) or (None, None))
+    inputs = draw_inputs((2, 9, 1, 3, 8), [[4]], torch.float32, device=DEVICE)
+    getattr(inputs, wanted).requires_grad_()
+    topk_similarity(inputs.patches, inputs.prompts, 4).sum().backward()
+    assert [tensor is not None for tensor in asked[0]] == [wanted == "prompts", wanted == "patches"]
+
+
+def test_the_index_type_follows_the_largest_offset(monkeypatch):
+    def index_dtype(size, stride):
+        return str(triton_launch.index_dtype(torch.empty(8), torch.empty_strided(size, stride, device="meta")))
+
+    assert index_dtype((2**16, 2**15), (2**15, 1)) == "int32"
+    assert index_dtype((2**16, 2**15 + 1), (2**15 + 1, 1)) == "int64"
+    assert index_dtype((2, 2), (2**31 - 1, 1)) == "int64"
+    inputs = draw_inputs((2, 150, 2, 5, 8), [[3], [4]], torch.float32, device=DEVICE)
+    expected = run(inputs, "triton")
+    monkeypatch.setattr(triton_launch, "INT32_REACH", 0)
+    assert triton_launch.index_dtype(inputs.patches) == tl.int64
+    assert all(map(torch.equal, run(inputs, "triton"), expected))

@@ -32,10 +32,9 @@ def test_opcheck(impl, dtype):
     k = [2, 3, 1, 9]
     _, selected = torch.ops.fastprompt.topk_similarity(patches, prompts, k, True, impl)
     torch.library.opcheck(torch.ops.fastprompt.topk_similarity.default, (patches, prompts, k, True, impl))
-    of_patches = torch.ops.fastprompt.topk_similarity_grad_patches.default
-    torch.library.opcheck(of_patches, (grad, prompts, selected, k, 9, impl))
-    of_prompts = torch.ops.fastprompt.topk_similarity_grad_prompts.default
-    torch.library.opcheck(of_prompts, (grad, patches, selected, k, impl))
+    gradients = torch.ops.fastprompt.topk_similarity_grad.default
+    for inputs in ((patches, prompts), (None, prompts), (patches, None)):
+        torch.library.opcheck(gradients, (grad, *inputs, selected, k, 9, impl))
 
 
 @each_implementation

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_features
+from ..implementations import check_name
 from . import op
 
 __all__ = ["PatchStatistics", "patch_statistics"]
-
-_IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
 
 
 class PatchStatistics(NamedTuple):
@@ -71,8 +70,7 @@ def patch_statistics(
         raise ValueError(f"scale must be a finite number above 0, got {scale}")
     if labels is not None:
         _check_labels(labels, patches, len(prompts))
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}")
+    check_name(impl)
     return PatchStatistics(*op.patch_statistics(patches, prompts, float(scale), labels, impl))
 
 

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..topk_similarity.op import why_not_triton
+from ..implementations import runs_triton
 from . import blocked, reference
 
 
@@ -113,13 +113,8 @@ class _Gradients(torch.autograd.Function):
 
 def _implementation(impl: str, like: Tensor) -> ModuleType:
     """The module that runs this call. It is chosen here, out of sight of torch.compile, alike forward and backward."""
-    if impl == "blocked" or (impl == "auto" and like.device.type == "cpu"):
+    if not runs_triton(impl, like.device, like.dtype):
         return blocked
-    reason = why_not_triton(like.device, like.dtype)
-    if reason is None:
-        from . import triton
+    from . import triton
 
-        return triton
-    if impl == "auto":
-        return blocked
-    raise ValueError(f"impl='triton' cannot run here: {reason}")
+    return triton

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_types import dot_dtype, index_dtype
+from ..triton_launch import architecture, dot_dtype, index_dtype
 
 # The programs that the gradient of the prompts is cut into: about as many as a large GPU has multiprocessors. More
 # would cost memory, one partial sum each.
@@ -223,9 +223,12 @@ def _gradient(mine: Tensor, others: Tensor, saved: Sequence[Tensor], scale: floa
     """
     grads, *statistics = saved
     (outer, inner, D), (others_outer, others_inner, _) = mine.shape, others.shape
-    rows, blocks = outer * inner, backward_blocks(mine.dtype)
+    rows = outer * inner
     if grads.numel() == 0:
         return mine.new_zeros(rows, D)
+    # The tiles depend on the index type, and the parts on the tiles. Where there are parts, these are few.
+    index = index_dtype(mine, others, torch.empty(rows, D, device="meta"))
+    blocks = backward_blocks(architecture(mine.device), mine.dtype, index)
     # A patch has a unit of its own, so that its gradient does not depend on the rest of the batch.
     unit = _unit(grads, dim=0 if of == "patches" else None)
     tiles = triton.cdiv(rows, blocks["BLOCK_MINE"]), triton.cdiv(D, blocks["BLOCK_RESULT"])
@@ -237,7 +240,7 @@ def _gradient(mine: Tensor, others: Tensor, saved: Sequence[Tensor], scale: floa
         mine, others, grads / unit, unit, *statistics, result, scale,
         rows, others_outer * others_inner, steps * blocks["BLOCK_OTHERS"], D,
         inner, *mine.stride(), others_inner, *others.stride(), int(unit.ndim > 0),
-        PATCHES=of == "patches", DOT=dot_dtype(mine.dtype), INDEX=index_dtype(mine, others, result), **blocks,
+        PATCHES=of == "patches", DOT=dot_dtype(mine.dtype), INDEX=index, **blocks,
     )  # fmt: skip
     return result[0] if splits == 1 else result.sum(0).to(mine.dtype)
 
@@ -263,14 +266,18 @@ def forward_blocks(dtype: torch.dtype, index: tl.dtype) -> dict[str, int]:
     return {**blocks, "num_warps": 8, "num_stages": 2}
 
 
-def backward_blocks(dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes and warps of the backward kernel.
+def backward_blocks(target: str, dtype: torch.dtype, index: tl.dtype) -> dict[str, int]:
+    """Tile sizes and warps of the backward kernel, for an architecture and offsets of int32 or int64.
 
     The logits are made once for every BLOCK_RESULT columns of the gradient, so these are many: 64 x 512 sums are 128
-    registers in each thread of 8 warps, which leaves room for a tile of 64 x 32 logits and not for 64 x 64.
+    registers in each thread of 8 warps, which leaves room for a tile of 64 x 32 logits and not for 64 x 64. With int64
+    offsets there is room for half of it, and on gfx942 for 16 features at a time.
     """
     if dtype.itemsize == 2:
-        blocks = {"BLOCK_MINE": 64, "BLOCK_OTHERS": 32, "BLOCK_D": 32, "BLOCK_RESULT": 512}
+        blocks = {"BLOCK_MINE": 64, "BLOCK_OTHERS": 32, "BLOCK_D": 16 if target == "gfx942" else 32}
+        blocks["BLOCK_RESULT"] = 512 if index == tl.int32 else 256
     else:
         blocks = {"BLOCK_MINE": 32, "BLOCK_OTHERS": 32, "BLOCK_D": 16, "BLOCK_RESULT": 128}
+        # Left alone, ptxas stops at 128 registers there and spills a few bytes.
+        blocks |= {"maxnreg": 224} if target in ("sm_90", "sm_100") else {}
     return {**blocks, "num_warps": 8, "num_stages": 2}

@@ -7,13 +7,13 @@ from operator import index
 import torch
 from torch import Tensor
 
+from ..arguments import check_features
+from ..implementations import check_name
 from . import op, reference
 
-__all__ = ["available_implementations", "selected_patches", "topk_similarity"]
+__all__ = ["selected_patches", "topk_similarity"]
 
 K = int | Sequence[int] | Sequence[Sequence[int]]
-
-_IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
 
 
 def topk_similarity(patches: Tensor, prompts: Tensor, k: K, *, reduce: str = "none", impl: str = "auto") -> Tensor:
@@ -36,7 +36,7 @@ def topk_similarity(patches: Tensor, prompts: Tensor, k: K, *, reduce: str = "no
             means are averaged). A k larger than P means all P patches.
         reduce: "none", or "mean" to average over the prompts as well.
         impl: "reference" (plain torch, the definition), "blocked" (plain torch, bounded memory, any device), "triton"
-            (fused kernels: CUDA and ROCm, float32, float16 and bfloat16, P up to 1024), or "auto": triton where it can
+            (fused kernels: CUDA and ROCm, float32, float16 and bfloat16, k up to 64), or "auto": triton where it can
             run, blocked elsewhere. What is named explicitly is run or refused, never replaced.
 
     Returns:
@@ -49,8 +49,7 @@ def topk_similarity(patches: Tensor, prompts: Tensor, k: K, *, reduce: str = "no
     scales = _checked(patches, prompts, k)
     if reduce not in ("none", "mean"):
         raise ValueError(f"reduce must be 'none' or 'mean', got {reduce!r}")
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}")
+    check_name(impl)
     values = op.topk_similarity(patches, prompts, scales, impl)
     return values.mean(1) if reduce == "mean" else values
 
@@ -70,29 +69,9 @@ def selected_patches(patches: Tensor, prompts: Tensor, k: K) -> Tensor:
         return reference.selected_patches(patches, prompts, _checked(patches, prompts, k))
 
 
-def available_implementations(device: torch.device | str) -> dict[str, str]:
-    """For every implementation "usable", or the reason why it cannot run on this device."""
-    return {
-        "reference": "usable",
-        "blocked": "usable",
-        "triton": op.why_not_triton(torch.device(device)) or "usable",
-    }
-
-
 def _checked(patches: Tensor, prompts: Tensor, k: K) -> list[list[int]]:
     """The scales of every prompt, none larger than P, once the arguments are known to fit."""
-    for name, tensor, axes in (("patches", patches, "(B, P, D)"), ("prompts", prompts, "(N, C, D)")):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, got {found}")
-        if tensor.ndim != 3 or tensor.shape[0 if name == "prompts" else 1] == 0:
-            raise ValueError(f"{name} must have shape {axes} with P and N at least 1, got {tuple(tensor.shape)}")
-    if patches.dtype != prompts.dtype:
-        raise TypeError(f"patches and prompts must have one dtype, got {patches.dtype} and {prompts.dtype}")
-    if patches.device != prompts.device:
-        raise ValueError(f"patches and prompts must be on one device, got {patches.device} and {prompts.device}")
-    if patches.shape[2] != prompts.shape[2]:
-        raise ValueError(f"patches and prompts must agree in D, got {patches.shape[2]} and {prompts.shape[2]}")
+    check_features(patches, prompts, name="prompts", axes="(N, C, D)")
     return [[min(scale, patches.shape[1]) for scale in scales] for scales in _scales(k, len(prompts))]
 
 

@@ -5,13 +5,17 @@ travels flat: the S scales of the first prompt, then those of the second.
 """
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from ..implementations import runs_triton
 from . import blocked, reference
+
+# The longest sorted run of the Triton kernels. One of 128 does not fit the registers: on sm_90 it spills 120 bytes a
+# thread without the selection, 160 with it.
+MAX_K = 64
 
 
 def topk_similarity(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]], impl: str) -> Tensor:
@@ -30,51 +34,35 @@ def topk_similarity(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]]
         return run(patches, prompts, [scale for scales in k for scale in scales], keep, impl)[0]
 
 
-def why_not_triton(device: torch.device, dtype: torch.dtype | None = None, P: int = 1) -> str | None:
-    """The reason why the Triton implementation cannot take such inputs, or None where it can."""
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    from . import triton
-
-    return triton.why_not(device, dtype, P)
-
-
 @torch.library.custom_op("fastprompt::topk_similarity", mutates_args=())
 def _forward(patches: Tensor, prompts: Tensor, k: list[int], keep: bool, impl: str) -> tuple[Tensor, Tensor]:
-    module = _implementation(impl, patches, patches.shape[1])
-    return module.forward(patches, prompts, _nested(k, len(prompts)), keep)
+    return _implementation(impl, patches, k).forward(patches, prompts, _nested(k, len(prompts)), keep)
 
 
 @_forward.register_fake
 def _(patches: Tensor, prompts: Tensor, k: list[int], keep: bool, impl: str) -> tuple[Tensor, Tensor]:
     (B, P, _), (N, C, _) = patches.shape, prompts.shape
-    size, kind = _implementation(impl, patches, P).saved_size(B, P, C, _nested(k, N))
+    size, kind = _implementation(impl, patches, k).saved_size(B, P, C, _nested(k, N))
     dtype = torch.promote_types(patches.dtype, torch.float32)
     return patches.new_empty(B, N, C, dtype=dtype), patches.new_empty(size if keep else 0, dtype=kind)
 
 
-@torch.library.custom_op("fastprompt::topk_similarity_grad_patches", mutates_args=())
-def _grad_patches(grad: Tensor, prompts: Tensor, selected: Tensor, k: list[int], P: int, impl: str) -> Tensor:
+@torch.library.custom_op("fastprompt::topk_similarity_grad", mutates_args=())
+def _grad(
+    grad: Tensor, patches: Tensor | None, prompts: Tensor | None, selected: Tensor, k: list[int], P: int, impl: str
+) -> tuple[Tensor, Tensor]:
     with torch.autocast(grad.device.type, enabled=False):
-        module = _implementation(impl, prompts, P)
-        return module.grad_patches(grad, prompts, selected, _nested(k, len(prompts)), P)
+        module = _implementation(impl, prompts if patches is None else patches, k)
+        return module.backward(grad, patches, prompts, selected, _nested(k, grad.shape[1]), P)
 
 
-@_grad_patches.register_fake
-def _(grad: Tensor, prompts: Tensor, selected: Tensor, k: list[int], P: int, impl: str) -> Tensor:
-    return prompts.new_empty(len(grad), P, prompts.shape[-1])
-
-
-@torch.library.custom_op("fastprompt::topk_similarity_grad_prompts", mutates_args=())
-def _grad_prompts(grad: Tensor, patches: Tensor, selected: Tensor, k: list[int], impl: str) -> Tensor:
-    with torch.autocast(grad.device.type, enabled=False):
-        module = _implementation(impl, patches, patches.shape[1])
-        return module.grad_prompts(grad, patches, selected, _nested(k, grad.shape[1]))
-
-
-@_grad_prompts.register_fake
-def _(grad: Tensor, patches: Tensor, selected: Tensor, k: list[int], impl: str) -> Tensor:
-    return patches.new_empty(*grad.shape[1:], patches.shape[-1])
+@_grad.register_fake
+def _(
+    grad: Tensor, patches: Tensor | None, prompts: Tensor | None, selected: Tensor, k: list[int], P: int, impl: str
+) -> tuple[Tensor, Tensor]:
+    B, N, C = grad.shape
+    of_patches = grad.new_empty(0) if prompts is None else prompts.new_empty(B, P, prompts.shape[-1])
+    return of_patches, grad.new_empty(0) if patches is None else patches.new_empty(N, C, patches.shape[-1])
 
 
 class _TopkSimilarity(torch.autograd.Function):
@@ -106,9 +94,8 @@ class _Gradients(torch.autograd.Function):
     def forward(
         grad: Tensor, patches: Tensor | None, prompts: Tensor | None, selected: Tensor, k: list[int], P: int, impl: str
     ) -> tuple[Tensor | None, Tensor | None]:
-        grad_patches = None if prompts is None else _grad_patches(grad, prompts, selected, k, P, impl)
-        grad_prompts = None if patches is None else _grad_prompts(grad, patches, selected, k, impl)
-        return grad_patches, grad_prompts
+        of_patches, of_prompts = _grad(grad, patches, prompts, selected, k, P, impl)
+        return None if prompts is None else of_patches, None if patches is None else of_prompts
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
@@ -119,18 +106,16 @@ class _Gradients(torch.autograd.Function):
         raise RuntimeError("the gradient of topk_similarity can be differentiated again with impl='reference' only")
 
 
-def _implementation(impl: str, like: Tensor, P: int) -> ModuleType:
+def _implementation(impl: str, like: Tensor, k: list[int]) -> ModuleType:
     """The module that runs this call. It is chosen here, out of sight of torch.compile, alike forward and backward."""
-    if impl == "blocked" or (impl == "auto" and like.device.type == "cpu"):
+    too_much = None
+    if max(k) > MAX_K:
+        too_much = f"the kernels keep the k largest in registers, which hold at most {MAX_K}, not {max(k)}"
+    if not runs_triton(impl, like.device, like.dtype, too_much):
         return blocked
-    reason = why_not_triton(like.device, like.dtype, P)
-    if reason is None:
-        from . import triton
+    from . import triton
 
-        return triton
-    if impl == "auto":
-        return blocked
-    raise ValueError(f"impl='triton' cannot run here: {reason}")
+    return triton
 
 
 def _nested(k: list[int], N: int) -> list[list[int]]:

@@ -16,32 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_launch import architecture, dot_dtype, index_dtype
 from .triton_backward import grad_patches_kernel, grad_prompts_kernel
 from .triton_forward import forward_kernel
-
-# The longest sorted run. A run of 128 spills on sm_90: 120 bytes a thread without the selection, 160 with it.
-MAX_K = 64
 
 # Programs of grad_prompts that there should be at least where images are many: two for each of the 132 processors of
 # the largest GPU that the tiles were chosen for. It bounds the memory for partial sums to 264 tiles, 35 MB.
 PROGRAMS = 264
-
-# An offset that int32 does not hold.
-INT32_REACH = 2**31
-
-
-def why_not(device: torch.device, dtype: torch.dtype | None = None, P: int = 1, k: int = 1) -> str | None:
-    """The reason why these kernels cannot take such inputs, or None; k is the largest scale, and any P fits."""
-    if not triton.knobs.runtime.interpret:
-        if device.type != "cuda":
-            return f"the kernels run on CUDA and ROCm devices, not on {device.type}"
-        if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
-            return "the kernels need compute capability 8.0 or higher"
-    if dtype is not None and dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the kernels take float32, float16 and bfloat16, not {dtype}"
-    if k > MAX_K:
-        return f"the kernels keep the k largest in registers, which hold at most {MAX_K}, not {k}"
-    return None
 
 
 def saved_size(B: int, P: int, C: int, k: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], torch.dtype]:
@@ -62,8 +43,6 @@ def forward(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]], keep: 
         values (B, N, C) float32, and the selection of `saved_size`, or an empty tensor (0,).
     """
     (B, P, D), (N, C, _), S = patches.shape, prompts.shape, len(k[0])
-    if reason := why_not(patches.device, patches.dtype, P, max(map(max, k))):
-        raise ValueError(f"impl='triton' cannot run here: {reason}")
     values = torch.empty(B, N, C, dtype=torch.float32, device=patches.device)
     shape, dtype = saved_size(B, P, C, k) if keep else ((0,), torch.int32)
     selected = torch.empty(shape, dtype=dtype, device=patches.device)
@@ -78,9 +57,25 @@ def forward(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]], keep: 
         forward_kernel[(triton.cdiv(B, images) * triton.cdiv(C, blocks["BLOCK_C"]),)](
             patches, prompts[n], values[:, n], selected[:, n * S :] if keep else selected, tuple(map(float, scales)),
             B, C, P, patches.shape[2], *patches.stride(), *prompts.stride()[1:], values.stride(0), selected.stride(0),
-            SCALES=S, KEEP=keep, DOT=_dot_dtype(patches.dtype), INDEX=index, **blocks,
+            SCALES=S, KEEP=keep, DOT=dot_dtype(patches.dtype), INDEX=index, **blocks,
         )  # fmt: skip
     return values, selected
+
+
+def backward(
+    grad: Tensor,
+    patches: Tensor | None,
+    prompts: Tensor | None,
+    selected: Tensor,
+    k: Sequence[Sequence[int]],
+    P: int,
+) -> tuple[Tensor, Tensor]:
+    """The gradients (B, P, D) and (N, C, D) in the inputs' dtype, from that of the values (B, N, C).
+
+    Each needs the other input. Where that is None the gradient is not made, and is (0,).
+    """
+    of_patches = grad.new_empty(0) if prompts is None else grad_patches(grad, prompts, selected, k, P)
+    return of_patches, grad.new_empty(0) if patches is None else grad_prompts(grad, patches, selected, k)
 
 
 def grad_patches(grad: Tensor, prompts: Tensor, selected: Tensor, k: Sequence[Sequence[int]], P: int) -> Tensor:
@@ -92,7 +87,7 @@ def grad_patches(grad: Tensor, prompts: Tensor, selected: Tensor, k: Sequence[Se
     if result.numel() > 0:
         grad_patches_kernel[(B * triton.cdiv(P, blocks["BLOCK_P"]), triton.cdiv(D, blocks["BLOCK_D"]))](
             _level_grad(grad, k), selected, prompts, result, N, C, P, D, *prompts.stride(),
-            SCALES=len(k[0]), DOT=_dot_dtype(prompts.dtype), INDEX=index_dtype(prompts, result, selected), **blocks,
+            SCALES=len(k[0]), DOT=dot_dtype(prompts.dtype), INDEX=index_dtype(prompts, result, selected), **blocks,
         )  # fmt: skip
     return result[..., :width].contiguous()
 
@@ -105,7 +100,9 @@ def grad_prompts(grad: Tensor, patches: Tensor, selected: Tensor, k: Sequence[Se
     """
     patches, width = _aligned(patches), patches.shape[2]
     (B, P, D), (_, N, C) = patches.shape, grad.shape
-    blocks = grad_prompts_blocks(patches.dtype)
+    # The tiles depend on the index type, and the parts on the tiles. Where there are parts, these are few.
+    index = index_dtype(patches, selected, torch.empty(N, C, D, device="meta"))
+    blocks = grad_prompts_blocks(patches.dtype, index)
     rows, columns = N * triton.cdiv(C, blocks["BLOCK_C"]), triton.cdiv(D, blocks["BLOCK_D"])
     images = triton.cdiv(B, max(1, min(B, PROGRAMS // max(1, rows * columns))))
     parts = triton.cdiv(B, max(1, images))
@@ -114,19 +111,10 @@ def grad_prompts(grad: Tensor, patches: Tensor, selected: Tensor, k: Sequence[Se
     if partial.numel() > 0:
         grad_prompts_kernel[(rows, columns, parts)](
             _level_grad(grad, k), selected, patches, partial, B, N, C, P, D, images, *patches.stride(),
-            SCALES=len(k[0]), DOT=_dot_dtype(patches.dtype), INDEX=index_dtype(patches, partial, selected), **blocks,
+            SCALES=len(k[0]), DOT=dot_dtype(patches.dtype), INDEX=index, **blocks,
         )  # fmt: skip
     result = partial[0] if parts == 1 else partial.sum(0).to(patches.dtype)
     return result[..., :width].contiguous()
-
-
-def architecture(device: torch.device) -> str:
-    """The target among those of the tables below whose tensor cores work like those of the device."""
-    if device.type != "cuda":  # Triton's interpreter
-        return "sm_90"
-    if torch.version.hip:
-        return "gfx942"
-    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
 
 
 def forward_blocks(target: str, dtype: torch.dtype, P: int, k: int, keep: bool) -> dict[str, int | bool]:
@@ -161,10 +149,11 @@ def grad_patches_blocks(dtype: torch.dtype, P: int) -> dict[str, int]:
     return {"BLOCK_P": block_p, "BLOCK_C": 32, "BLOCK_D": block_d, "num_warps": warps, "num_stages": 3}
 
 
-def grad_prompts_blocks(dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes and warps of the gradient of the prompts."""
+def grad_prompts_blocks(dtype: torch.dtype, index: tl.dtype) -> dict[str, int]:
+    """Tile sizes and warps of the gradient of the prompts; int64 offsets take registers from half of the sums."""
     if dtype.itemsize == 2:
-        return {"BLOCK_C": 128, "BLOCK_P": 32, "BLOCK_D": 256, "num_warps": 8, "num_stages": 3}
+        block_d = 256 if index == tl.int32 else 128
+        return {"BLOCK_C": 128, "BLOCK_P": 32, "BLOCK_D": block_d, "num_warps": 8, "num_stages": 3}
     return {"BLOCK_C": 32, "BLOCK_P": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
 
 
@@ -180,19 +169,3 @@ def _level_grad(grad: Tensor, k: Sequence[Sequence[int]]) -> Tensor:
     """(B, N * S, C) float32: what every selected patch of a scale receives. Divided here, where no table is copied."""
     S = len(k[0])
     return torch.stack([grad[:, n] / (scale * S) for n, scales in enumerate(k) for scale in scales], dim=1)
-
-
-def _dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    """The dtype of the products' operands: that of the inputs.
-
-    Triton's interpreter multiplies the bit patterns of bfloat16 as integers, so there the operands become float32.
-    """
-    if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
-        return tl.float32
-    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
-
-
-def index_dtype(*tensors: Tensor) -> tl.dtype:
-    """int64 if an element of any tensor lies INT32_REACH or more elements from its first, else int32: it is cheaper."""
-    reach = max(sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) for t in tensors)
-    return tl.int64 if reach >= INT32_REACH else tl.int32

@@ -1,0 +1,86 @@
+"""Work on processors: cut into parts, and shared out to the cores."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from queue import SimpleQueue
+from threading import Barrier
+
+import torch
+from torch import Tensor
+
+
+def parts(length: int, at_once: int) -> Iterator[slice]:
+    """Cut an axis into parts of about equal length, none longer than at_once, or than 1 if that is less."""
+    step = max(1, -(-length // max(1, -(-length // max(1, at_once)))))
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def even_parts(length: int, at_once: int) -> Iterator[slice]:
+    """Like `parts`, but as many for every thread, or some would wait for the others in the end."""
+    threads = torch.get_num_threads()
+    rounds = -(-length // (threads * max(1, at_once)))
+    return parts(length, -(-length // max(1, threads * rounds)))
+
+
+def on_all_cores(
+    function: Callable[..., None],
+    tiles: Iterable[tuple],
+    device: torch.device,
+    scratch: Callable[[], tuple[Tensor, ...]] = tuple,
+) -> None:
+    """Call the function for every tile; on a processor in one thread a core, each of which computes alone.
+
+    Torch's own threads would meet in every operation, which costs more than a small tile takes. Scratch memory is
+    taken here, because what a thread takes for itself stays with it.
+    """
+    threads, tiles = torch.get_num_threads() if device.type == "cpu" else 1, list(tiles)
+    free, inference = SimpleQueue(), torch.is_inference_mode_enabled()
+    for _ in range(min(threads, len(tiles))):
+        free.put(scratch())
+
+    def run(tile: tuple) -> None:
+        memory = free.get()
+        try:
+            with torch.inference_mode(inference), torch.no_grad():  # these hold for one thread
+                function(*tile, *memory)
+        finally:
+            free.put(memory)
+
+    for _ in map(run, tiles) if threads == 1 else _cores(threads).map(run, tiles):
+        pass
+
+
+@cache
+def _cores(count: int) -> ThreadPoolExecutor:
+    """That many threads, each of which computes alone; kept, because the first use of torch in a thread is slow."""
+    threads, ready = torch.get_num_threads(), Barrier(count)
+
+    def alone() -> None:
+        torch.get_num_threads()  # a thread that asks for the first time takes over what is set for all
+        torch.set_num_threads(1)
+
+    pool = ThreadPoolExecutor(count, "fastprompt", alone)
+    list(pool.map(lambda _: ready.wait(), range(count)))
+    torch.set_num_threads(threads)  # for this thread it still was, but not for those to come
+    return pool
+
+
+# A process that was forked has the pool, but not its threads.
+os.register_at_fork(after_in_child=_cores.cache_clear)
+
+
+@contextmanager
+def exact_bfloat16_products(inputs: Tensor) -> Iterator[None]:
+    """Let the processor's bfloat16 units multiply float32 copies of bfloat16 inputs: nothing is lost, and the sums
+    stay in float32. Torch offers no product of bfloat16 matrices with a float32 result on processors.
+    """
+    settings, before = torch.backends.mkldnn.matmul, torch.backends.mkldnn.matmul.fp32_precision
+    if inputs.dtype == torch.bfloat16 and inputs.device.type == "cpu":
+        settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

@@ -1,0 +1,51 @@
+"""Which implementation of an operation runs."""
+
+from importlib.util import find_spec
+
+import torch
+
+IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
+
+
+def check_name(impl: str) -> None:
+    """Raise ValueError unless this is the name of an implementation."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
+
+
+def available_implementations(device: torch.device | str) -> dict[str, str]:
+    """For every implementation "usable", or the reason why it cannot run on this device."""
+    return {
+        "reference": "usable",
+        "blocked": "usable",
+        "triton": why_not_triton(torch.device(device)) or "usable",
+    }
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """The reason why Triton kernels cannot take such inputs, or None where they can."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    from .triton_launch import why_not
+
+    return why_not(device, dtype)
+
+
+def runs_triton(impl: str, device: torch.device, dtype: torch.dtype, too_much: str | None = None) -> bool:
+    """Whether a call that is not the reference's runs the Triton kernels; else it runs the blocked implementation.
+
+    Args:
+        impl: "auto", "blocked" or "triton".
+        device: of the inputs.
+        dtype: of the inputs.
+        too_much: a reason why the kernels of this operation cannot take such arguments, whatever the device.
+
+    Raises:
+        ValueError: the kernels were asked for by name and cannot run.
+    """
+    if impl == "blocked" or (impl == "auto" and device.type == "cpu"):
+        return False
+    reason = why_not_triton(device, dtype) or too_much
+    if reason is not None and impl == "triton":
+        raise ValueError(f"impl='triton' cannot run here: {reason}")
+    return reason is None
