@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Barrier
 
 import torch
@@ -36,20 +36,23 @@ def on_all_cores(
     Torch's own threads would meet in every operation, which costs more than a small tile takes. Scratch memory is
     taken here, because what a thread takes for itself stays with it.
     """
-    threads, tiles = torch.get_num_threads() if device.type == "cpu" else 1, list(tiles)
-    free, inference = SimpleQueue(), torch.is_inference_mode_enabled()
-    for _ in range(min(threads, len(tiles))):
-        free.put(scratch())
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    waiting, inference = SimpleQueue(), torch.is_inference_mode_enabled()
+    for tile in tiles:
+        waiting.put(tile)
 
-    def run(tile: tuple) -> None:
-        memory = free.get()
-        try:
-            with torch.inference_mode(inference), torch.no_grad():  # these hold for one thread
+    def work(memory: tuple[Tensor, ...]) -> None:
+        with torch.inference_mode(inference), torch.no_grad():  # these hold for one thread
+            while True:
+                try:
+                    tile = waiting.get_nowait()
+                except Empty:
+                    return
                 function(*tile, *memory)
-        finally:
-            free.put(memory)
 
-    for _ in map(run, tiles) if threads == 1 else _cores(threads).map(run, tiles):
+    # One call a thread, not one a tile: every end of a call wakes the thread that waits for it.
+    memory = [scratch() for _ in range(max(1, min(threads, waiting.qsize())))]
+    for _ in map(work, memory) if threads == 1 else _cores(threads).map(work, memory):
         pass
 
 

@@ -16,8 +16,8 @@ from ..cores import even_parts, on_all_cores, parts
 
 # Bytes of the similarities of one tile, where it is dense.
 TILE_BYTES = 5 * 2**18
-# Bytes of the features of all prompts' classes that one tile reads, or makes: half of a core's second-level cache.
-FEATURE_BYTES = 2**20
+# Bytes of the features of all prompts' classes that one tile reads, or makes: a core's second-level cache.
+FEATURE_BYTES = 2**21
 # How many selected patches one tile sums. With fewer, handing over takes as long as summing.
 ENTRIES = 2**15
 # Where a larger share of the similarities is selected, a dense matrix product is faster than sums of features.
