@@ -21,7 +21,7 @@ Shape = Mapping[str, int | str]
 Implementation = Callable[[], tuple[Tensor, ...]]
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
-SECONDS = 30.0  # what the rounds of one case may take together, once there are MIN_ROUNDS of them
+SECONDS = 12.0  # what the rounds of one case may take together, once there are MIN_ROUNDS of them
 QUICK_SECONDS = 8.0
 
 

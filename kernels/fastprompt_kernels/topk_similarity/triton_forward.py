@@ -40,7 +40,7 @@ def _pack(scores, last, EQUAL: tl.constexpr):
     """Selection words (R, G, BLOCKS, 4): which scores (R, G, L) are at least the last (R, G) of their row, or EQUAL."""
     R: tl.constexpr = scores.shape[0]
     G: tl.constexpr = scores.shape[1]
-    BLOCKS: tl.constexpr = tl.cdiv(scores.shape[2], 128)
+    BLOCKS: tl.constexpr = (scores.shape[2] + 127) // 128
     PAIRS: tl.constexpr = scores.shape[2] // BLOCKS // 8
     columns = scores.reshape(R, G, BLOCKS, PAIRS, 4, 2).permute(0, 1, 2, 4, 3, 5)
     run = cut(columns.reshape(R, G * BLOCKS * 4, 2 * PAIRS))
