@@ -57,12 +57,20 @@ def _picture(row: dict[str, str]) -> tuple[str, ...]:
 
 
 def _swept(benchmark: Benchmark, shape: list[str], axis: str, rows: Rows) -> Rows:
-    """The rows in which the axis takes most values while all else stays equal; none if it takes one only."""
+    """The rows in which the axis takes most values while all else stays equal; none if it takes one only.
+
+    Of several such groups the one whose rows are the newest, the oldest of them compared.
+    """
     fixed = ["threads", *(name for name in shape if name not in (axis, *benchmark.labels))]
     groups: dict[tuple[str, ...], Rows] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in fixed), []).append(row)
-    most = max(groups.values(), key=lambda group: len({row[axis] for row in group}))
+
+    def values_and_age(group: Rows) -> tuple[int, str]:
+        newest = {row[axis]: row["date"] for row in group}  # the last row is the newest
+        return len(newest), min(newest.values())
+
+    most = max(groups.values(), key=values_and_age)
     return most if len({row[axis] for row in most}) > 1 else []
 
 
@@ -80,6 +88,8 @@ def _figure(title: str, shape: list[str], found: list[tuple[str, Rows]]) -> Figu
         for axes, (axis, rows) in zip(line, found, strict=True):
             drawn = {name: look for name, look in looks.items() if with_floors or not _is_floor(name)}
             _panel(axes, axis, column, rows, drawn)
+        if column == "over_floor":  # once all panels of the line have had their say about its upper end
+            line[0].set_ylim(bottom=0)
     for axes, (axis, rows) in zip(panels[0], found, strict=True):
         others = [name for name in shape if name not in ("dtype", "pass", "names", axis)]
         axes.set_title(", ".join(f"{name}={rows[-1][name]}" for name in others), fontsize=8, color=INK)
@@ -114,8 +124,6 @@ def _panel(axes: Axes, axis: str, column: str, rows: Rows, drawn: dict[str, dict
         if column == "median_ms":
             low, high = ([float(row[key]) for _, row in points] for key in ("p20_ms", "p80_ms"))
             axes.fill_between(x, low, high, color=look["color"], alpha=0.2, linewidth=0)
-    if column == "over_floor":
-        axes.set_ylim(bottom=0)
 
 
 def _looks(names: list[str]) -> Iterator[dict[str, str]]:
