@@ -22,6 +22,8 @@ __all__ = ["backward", "forward", "saved_size"]
 TILE_BYTES = 5 * 2**18
 # Rows that a matrix product needs to be efficient: prompts of fewer classes are multiplied together.
 EFFICIENT_ROWS = 128
+# Multiplications of an image's similarity that are done before other threads are awake.
+LITTLE = 2**20
 Scales = Sequence[Sequence[int]]
 
 
@@ -45,7 +47,7 @@ def forward(patches: Tensor, prompts: Tensor, k: Scales, keep: bool) -> tuple[Te
         and class k patches of the first scale of the first prompt in ascending order, then those of the next scale.
         Without keep it is empty.
     """
-    (B, P, _), (N, C, _), prompts = patches.shape, prompts.shape, prompts.contiguous()
+    (B, P, D), (N, C, _), prompts = patches.shape, prompts.shape, prompts.contiguous()
     dtype = torch.promote_types(patches.dtype, torch.float32)
     size, kind = saved_size(B, P, C, k)
     values = torch.empty(B, N, C, dtype=dtype, device=patches.device)
@@ -72,7 +74,8 @@ def forward(patches: Tensor, prompts: Tensor, k: Scales, keep: bool) -> tuple[Te
 
     tiles = product(parts(B, images_at_once), parts(N * C, rows_at_once))
     with exact_bfloat16_products(patches):
-        on_all_cores(fill, tiles, patches.device, scratch)
+        # What is little is told by one image, for the same reason.
+        on_all_cores(fill, tiles, patches.device, scratch, little=N * C * P * D < LITTLE)
     return values, selected
 
 

@@ -23,6 +23,8 @@ ENTRIES = 2**15
 # Where a larger share of the similarities is selected, a dense matrix product is faster than sums of features.
 DENSE_SHARE = 1 / 8
 
+# Selected patches that are summed before other threads are awake.
+LITTLE = 2**12
 Scales = Sequence[Sequence[int]]
 
 
@@ -39,7 +41,9 @@ def backward(
         of_patches = _grad_patches(shares, prompts.to(grad.dtype), selected, k, P, tiles)
     if patches is not None:
         of_prompts = _grad_prompts(shares, patches, selected, k, tiles)
-    on_all_cores(lambda fill, part: fill(part), tiles, grad.device)
+    # Sums of features are the same bits in any thread; matrix products may not be, and stay where they are.
+    little = selected.numel() < LITTLE and not _is_dense(k, P)
+    on_all_cores(lambda fill, part: fill(part), tiles, grad.device, little=little)
     dtype = prompts.dtype if patches is None else patches.dtype
     return of_patches.to(dtype), of_prompts.to(dtype)
 
@@ -56,8 +60,10 @@ def _grad_patches(shares: Tensor, prompts: Tensor, selected: Tensor, k: Scales, 
         for classes in parts(C, classes_at_once):
             tile = selected[images, classes]
             if dense:
-                weights = _weights(tile, shares[images, :, classes], k, P)
-                total = (weights.mT @ prompts[:, classes].flatten(0, 1)).view(-1, P, D)
+                weights = _weights(tile, shares[images, :, classes], k, P).view(-1, len(tile), P)
+                rows = prompts[:, classes].flatten(0, 1)
+                # One product an image, so that its gradient does not depend on the others in its batch.
+                total = torch.stack([weights[:, image].mT @ rows for image in range(len(tile))])
             else:
                 # The first row and share of the tile are those of its first class; the others lie relative to them.
                 rows = prompts.flatten(0, 1)[classes.start :], shares[images].flatten()[classes.start :]
