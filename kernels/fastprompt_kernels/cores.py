@@ -74,8 +74,9 @@ def _cores(count: int) -> ThreadPoolExecutor:
     return pool
 
 
-# A process that was forked has the pool, but not its threads.
-os.register_at_fork(after_in_child=_cores.cache_clear)
+if hasattr(os, "register_at_fork"):  # not on Windows, where processes are not forked
+    # A process that was forked has the pool, but not its threads.
+    os.register_at_fork(after_in_child=_cores.cache_clear)
 
 
 @contextmanager
