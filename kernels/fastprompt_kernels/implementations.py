@@ -1,8 +1,9 @@
-"""Which implementation of an operation runs."""
+"""Which implementation of an operation runs, and on inputs of which dtype."""
 
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
 
@@ -49,3 +50,11 @@ def runs_triton(impl: str, device: torch.device, dtype: torch.dtype, too_much: s
     if reason is not None and impl == "triton":
         raise ValueError(f"impl='triton' cannot run here: {reason}")
     return reason is None
+
+
+def cast_by_autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """The inputs in autocast's dtype where autocast is on; it leaves float64 alone, as everywhere in torch."""
+    device = inputs[0].device.type
+    if not torch.is_autocast_enabled(device) or inputs[0].dtype == torch.float64:
+        return inputs
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in inputs)

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..implementations import runs_triton
+from ..implementations import cast_by_autocast, runs_triton
 from . import blocked, reference
 
 
@@ -17,12 +17,9 @@ def patch_statistics(
     patches: Tensor, prompts: Tensor, scale: float, labels: Tensor | None, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Validated arguments in, statistics out; inputs are cast to autocast's dtype where autocast is on."""
-    device = patches.device.type
-    if torch.is_autocast_enabled(device) and patches.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        patches, prompts = patches.to(dtype), prompts.to(dtype)
+    patches, prompts = cast_by_autocast(patches, prompts)
     # The products inside must stay in the accumulator's precision.
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(patches.device.type, enabled=False):
         if impl == "reference":
             return reference.patch_statistics(patches, prompts, scale, labels)
         # What only the backward pass needs is not written where there will be none.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..cores import exact_bfloat16_products, on_all_cores, parts
-from .blocked_backward import backward
+from .blocked_backward import Scales, backward
 
 __all__ = ["backward", "forward", "saved_size"]
 
@@ -24,7 +24,6 @@ TILE_BYTES = 5 * 2**18
 EFFICIENT_ROWS = 128
 # Multiplications of an image's similarity that are done before other threads are awake.
 LITTLE = 2**20
-Scales = Sequence[Sequence[int]]
 
 
 def saved_size(B: int, P: int, C: int, k: Scales) -> tuple[tuple[int, ...], torch.dtype]:

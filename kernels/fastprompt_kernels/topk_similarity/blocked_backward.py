@@ -22,9 +22,9 @@ FEATURE_BYTES = 2**21
 ENTRIES = 2**15
 # Where a larger share of the similarities is selected, a dense matrix product is faster than sums of features.
 DENSE_SHARE = 1 / 8
-
 # Selected patches that are summed before other threads are awake.
 LITTLE = 2**12
+
 Scales = Sequence[Sequence[int]]
 
 

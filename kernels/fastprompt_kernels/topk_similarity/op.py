@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..implementations import runs_triton
+from ..implementations import cast_by_autocast, runs_triton
 from . import blocked, reference
 
 # The longest sorted run of the Triton kernels. One of 128 does not fit the registers: on sm_90 it spills 120 bytes a
@@ -20,12 +20,9 @@ MAX_K = 64
 
 def topk_similarity(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]], impl: str) -> Tensor:
     """Validated arguments in, (B, N, C) out; inputs are cast to autocast's dtype where autocast is on."""
-    device = patches.device.type
-    if torch.is_autocast_enabled(device) and patches.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        patches, prompts = patches.to(dtype), prompts.to(dtype)
+    patches, prompts = cast_by_autocast(patches, prompts)
     # The products inside must stay in the accumulator's precision.
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(patches.device.type, enabled=False):
         if impl == "reference":
             return reference.topk_similarity(patches, prompts, k)
         # What only the backward pass needs is not written where there will be none.
