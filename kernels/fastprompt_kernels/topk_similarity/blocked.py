@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..cores import exact_bfloat16_products, on_all_cores, parts
-from .blocked_backward import Scales, backward
+from .blocked_backward import backward
+from .dense import Scales, saved_size
 
 __all__ = ["backward", "forward", "saved_size"]
 
@@ -24,12 +25,6 @@ TILE_BYTES = 5 * 2**18
 EFFICIENT_ROWS = 128
 # Multiplications of an image's similarity that are done before other threads are awake.
 LITTLE = 2**20
-
-
-def saved_size(B: int, P: int, C: int, k: Scales) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of what is kept for the backward pass: the selected patches, scale after scale."""
-    dtype = torch.uint8 if P <= 2**8 else torch.int16 if P <= 2**15 else torch.int32
-    return (B, C, sum(map(sum, k))), dtype
 
 
 def forward(patches: Tensor, prompts: Tensor, k: Scales, keep: bool) -> tuple[Tensor, Tensor]:

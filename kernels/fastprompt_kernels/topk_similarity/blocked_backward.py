@@ -5,7 +5,6 @@ For the gradient of the prompts they lie in the right order already; for that of
 """
 
 import warnings
-from collections.abc import Sequence
 from functools import cache, partial
 
 import numpy as np
@@ -13,17 +12,17 @@ import torch
 from torch import Tensor
 
 from ..cores import even_parts, on_all_cores, parts
+from .dense import Scales
 
 # Bytes of the features that one product reads: about a core's second-level cache.
 FEATURE_BYTES = 2**21
 # The most selected patches of one product.
 ENTRIES = 2**16
-# Selected patches below which a gradient is not shared out: threads that meet too often wait for each other.
-FEW = 2**17
+# The least selected patches of one product, if a gradient is to be shared out: threads that meet more often than that
+# wait for each other, and there is the other gradient to compute meanwhile.
+FEW = 2**13
 # Selected patches that are summed before other threads are awake.
 LITTLE = 2**12
-
-Scales = Sequence[Sequence[int]]
 
 
 def backward(
@@ -77,7 +76,8 @@ def _grad_prompts(shares: Tensor, patches: Tensor, selected: Tensor, k: Scales, 
     result = shares.new_empty(N, C, D) if B else shares.new_zeros(N, C, D)
     largest = max(map(sum, k))
     images_at_once = max(1, min(FEATURE_BYTES // (P * D * shares.itemsize), ENTRIES // largest))
-    at_once = C if selected.numel() < FEW else -(-C // torch.get_num_threads())
+    few = -(-FEW * N // (images_at_once * selected.shape[2]))
+    at_once = min(max(few, -(-C // torch.get_num_threads())), ENTRIES // (images_at_once * largest))
 
     def fill(classes: slice, columns: Tensor, weights: Tensor) -> None:
         for images in parts(B, images_at_once):
@@ -86,7 +86,7 @@ def _grad_prompts(shares: Tensor, patches: Tensor, selected: Tensor, k: Scales, 
                 matrix = _of_prompt(selected[images, classes], shares[images, :, classes], k, n, P, columns, weights)
                 torch.addmm(result[n, classes], matrix, features, beta=int(images.start > 0), out=result[n, classes])
 
-    tiles += [(fill, classes) for classes in parts(C, min(at_once, ENTRIES // (images_at_once * largest)))]
+    tiles += [(fill, classes) for classes in parts(C, at_once)]
     return result
 
 

@@ -25,7 +25,7 @@ def saved_size(B: int, P: int, C: int, k: Scales) -> tuple[tuple[int, ...], torc
 
 
 def forward(patches: Tensor, prompts: Tensor, k: Scales, keep: bool) -> tuple[Tensor, Tensor]:
-    """Values (B, N, C) and, with keep, the selected patches as `saved_size` says, each scale's best patch first.
+    """Values (B, N, C) and, with keep, the selected patches as `saved_size` says, scale after scale.
 
     Args:
         patches: (B, P, D).
@@ -45,7 +45,7 @@ def forward(patches: Tensor, prompts: Tensor, k: Scales, keep: bool) -> tuple[Te
             scores = torch.matmul(queries, patches[images].to(dtype).mT).unflatten(1, (N, C))
             start = 0
             for n, scales in enumerate(k):
-                best, patch = _best(scores[:, n], scales)
+                best, patch = _best(scores[:, n], scales, exact=keep)
                 values[images, n] = sum(best[..., :scale].mean(-1) for scale in scales) / len(scales)
                 for scale in scales if keep else ():
                     selected[images, :, start : start + scale] = patch[..., :scale]
@@ -77,17 +77,21 @@ def _chunks(B: int, bytes_per_image: int) -> Iterator[slice]:
     return parts(B, CHUNK_BYTES // max(1, bytes_per_image))
 
 
-def _best(scores: Tensor, scales: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The largest entries of every row in descending order, and their places; the first of equals."""
+def _best(scores: Tensor, scales: Sequence[int], exact: bool) -> tuple[Tensor, Tensor]:
+    """The largest entries of every row and their places, in descending order if there are several scales.
+
+    Which of equals topk takes is left open; where exact, it is the first of them.
+    """
     P, largest = scores.shape[-1], max(scales)
-    best, patch = scores.topk(min(largest + 1, P))
-    edges = [scale for scale in scales if scale < P]
-    if edges:
-        # Which of equals it takes, topk leaves open. Not-a-number is among the largest, and greater than nothing.
-        unsure = torch.stack([~(best[..., edge - 1] > best[..., edge]) for edge in edges]).any(0)
-        if unsure.any():
-            exact = scores[unsure].sort(dim=-1, descending=True, stable=True)
-            best[unsure], patch[unsure] = (part[:, : best.shape[-1]] for part in exact)
+    best, patch = scores.topk(largest, sorted=len(scales) > 1)
+    if exact:
+        # Not-a-number is among the largest and smaller than nothing, so it makes a row unsure as equals do.
+        last = best.amin(-1, keepdim=True) if len(scales) == 1 else best[..., [scale - 1 for scale in scales]]
+        smaller = [scores < edge for edge in last.split(1, dim=-1)]
+        if any(rest.count_nonzero() < rest[..., 0].numel() * (P - s) for rest, s in zip(smaller, scales, strict=True)):
+            unsure = torch.stack([rest.sum(-1) < P - s for rest, s in zip(smaller, scales, strict=True)]).any(0)
+            ranked = scores[unsure].sort(dim=-1, descending=True, stable=True)
+            best[unsure], patch[unsure] = (part[:, :largest] for part in ranked)
     return best, patch
 
 
