@@ -17,7 +17,7 @@ from benchmarks.peers import topk_mean_dense
 # (patches, prompts, k of every prompt) to (B, N, C)
 Similarity = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 
-# KeOps has no matrix product. On a CPU it took 60 times as long as eager code with 47 classes; more are not waited for.
+# KeOps has no matrix product. On a CPU that takes so long with 47 classes that more are not waited for.
 KEOPS_CLASSES_ON_CPU = 47
 
 
@@ -97,8 +97,8 @@ def _decided(patches: Tensor, prompts: Tensor, k: Sequence[int], rounding: float
 def _chunks(patches: Tensor, bytes_per_image: int) -> tuple[Tensor, ...]:
     """The patches of as many images at a time as eager code likes best.
 
-    On a CPU, large tensors come fresh from the system each time, and the page faults cost up to 12 %; with 4, 8 and 24
-    MiB instead of 16, code was slower or alike. A GPU keeps its memory, and there all images are taken at once.
+    On a CPU, large tensors come fresh from the system each time, and page faults cost time; with 4, 8 and 24 MiB
+    instead of 16, code was slower or alike. A GPU keeps its memory, and there all images are taken at once.
     """
     return patches.split(len(patches) if patches.is_cuda else max(1, 2**24 // bytes_per_image))
 
