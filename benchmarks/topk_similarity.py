@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from fastprompt_kernels import topk_similarity
+from fastprompt_kernels.topk_similarity import reference
 from torch import Tensor
 
 from benchmarks import similarity
@@ -70,11 +71,13 @@ def case(shape: Shape, device: torch.device, chosen: Mapping[str, Similarity]) -
     def function(implementation: Similarity, patches: Tensor, prompts: Tensor) -> tuple[Tensor]:
         return (implementation(patches, prompts, k),)
 
-    truth = similarity.run(partial(function, topk_mean_dense), patches.float(), prompts.float(), grads)
+    def definition(patches: Tensor, prompts: Tensor) -> tuple[Tensor]:
+        return (reference.topk_similarity(patches, prompts, [[min(count, shape["P"])] for count in k]),)
+
     return Case(
         {name: similarity.run(partial(function, one), patches, prompts, grads) for name, one in chosen.items()},
         baseline=next(iter(chosen)),
-        truth=truth,
+        truth=similarity.truth(definition, patches, prompts, grads),
         tolerance=similarity.TOLERANCE[shape["dtype"]],
         floors=similarity.floors(shape, patches, prompts, shape["B"] * N * shape["C"]),
     )
