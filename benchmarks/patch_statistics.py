@@ -135,4 +135,5 @@ BENCHMARK = Benchmark(
         "cuda": similarity.around(_GPU, {}),
     },
     sweeps=("B", "C", "P"),
+    implementations=tuple(peers(similarity.FORWARD)),
 )

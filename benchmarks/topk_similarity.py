@@ -124,4 +124,5 @@ BENCHMARK = Benchmark(
         "cuda": similarity.around(_GPU, {}),
     },
     sweeps=("B", "C", "P", "k"),
+    implementations=tuple(peers()),
 )
