@@ -13,8 +13,7 @@ from torch import Tensor
 from ..implementations import cast_by_autocast, runs_triton
 from . import blocked, dense, reference
 
-# The longest sorted run of the Triton kernels. One of 128 does not fit the registers: on sm_90 it spills 120 bytes a
-# thread without the selection, 160 with it.
+# The longest sorted run of the Triton kernels. One of 128 does not fit the registers of sm_90.
 MAX_K = 64
 # On a processor torch's own code is faster where the similarity has fewer numbers, and backward where a larger share of
 # them is selected: benchmarks/results/break_even-cpu.md.
