@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-IMPLEMENTATIONS = ("auto", "reference", "dense", "blocked", "triton")
+IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
 
 
 def check_name(impl: str, names: Sequence[str] = IMPLEMENTATIONS) -> None:

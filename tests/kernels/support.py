@@ -14,7 +14,7 @@ def run(inputs: Inputs, impl: str, dtype: torch.dtype | None = None) -> tuple[to
 
 
 class Seen(TorchDispatchMode):
-    """Notes the names of the operators that run and the largest floating-point tensor that they make."""
+    """Notes the names of the operators that run and the largest tensor that they make."""
 
     def __init__(self):
         super().__init__()
@@ -26,5 +26,6 @@ class Seen(TorchDispatchMode):
         self.names.add(func.name())
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.numel() * tensor.itemsize)
+                held = tensor if tensor.layout == torch.strided else tensor.values()
+                self.largest = max(self.largest, held.numel() * held.itemsize)
         return result

@@ -37,7 +37,7 @@ def test_arguments_that_do_not_fit(function, patches, prompts, k, error, sentenc
 def test_unknown_names():
     with pytest.raises(ValueError, match="reduce must be 'none' or 'mean', got 'sum'"):
         topk_similarity(PATCHES, PROMPTS, 2, reduce="sum")
-    with pytest.raises(ValueError, match="impl must be one of 'auto', 'reference', 'blocked', 'triton', got 'cuda'"):
+    with pytest.raises(ValueError, match="impl must be one of 'auto', 'reference', 'dense', 'blocked', 'triton', got"):
         topk_similarity(PATCHES, PROMPTS, 2, impl="cuda")
 
 

@@ -1,13 +1,10 @@
 """What only the implementations of processors do: tiles, threads, and what they leave behind."""
 
-import multiprocessing
-import sys
-
 import pytest
 import torch
 from fastprompt_kernels import topk_similarity
-from fastprompt_kernels.testing import Inputs, draw_inputs
-from fastprompt_kernels.topk_similarity import blocked, blocked_backward
+from fastprompt_kernels.testing import draw_inputs
+from fastprompt_kernels.topk_similarity import blocked, blocked_backward, dense
 
 from tests.kernels.support import Seen, run
 
@@ -20,13 +17,13 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("k", [[[3], [5]], [[30], [40, 1]]], ids=["sums of features", "matrix products"])
+@pytest.mark.parametrize("k", [[[3], [5]], [[30], [40, 1]]], ids=["one scale", "several scales"])
 def test_blocked_cuts_the_similarity_into_tiles(monkeypatch, one_thread, k):
     k = [row * (2 // len(row)) for row in k]
     inputs = draw_inputs((5, 64, 2, 50, 8), k, torch.float32)
     whole = run(inputs, "blocked")
     monkeypatch.setattr(blocked, "TILE_BYTES", 7 * 64 * 4)
-    for name, value in {"TILE_BYTES": 7 * 64 * 4, "FEATURE_BYTES": 30 * 8 * 4, "ENTRIES": 999}.items():
+    for name, value in {"FEATURE_BYTES": 60 * 8 * 4, "ENTRIES": 999, "FEW": 50}.items():
         monkeypatch.setattr(blocked_backward, name, value)
     with Seen() as seen:  # sees what happens in this thread
         selected = blocked.forward(inputs.patches, inputs.prompts, inputs.k, keep=True)[1]
@@ -36,26 +33,46 @@ def test_blocked_cuts_the_similarity_into_tiles(monkeypatch, one_thread, k):
         torch.testing.assert_close(tile, tensor)
 
 
-def test_blocked_gives_the_same_bits_with_any_number_of_threads(one_thread):
-    inputs = draw_inputs((5, 70, 2, 150, 24), [[3, 9], [70, 1]], torch.float32, ties=True)
+@pytest.mark.parametrize("k", [[[3], [5]], [[3, 9], [70, 1]]], ids=["few", "all"])
+def test_blocked_gives_the_same_bits_with_any_number_of_threads(monkeypatch, one_thread, k):
+    monkeypatch.setattr(blocked_backward, "FEW", 100)  # or so few classes would not be shared out
+    inputs = draw_inputs((64, 70, 2, 110, 24), k, torch.float32)
     alone = run(inputs, "blocked")
     torch.set_num_threads(3)
     assert all(map(torch.equal, run(inputs, "blocked"), alone))
     assert torch.get_num_threads() == 3
 
 
-def test_blocked_works_in_a_forked_process():
-    inputs = draw_inputs((4, 50, 2, 20, 8), [[3], [20]], torch.float32)
-    expected = run(inputs, "blocked")[0]
-    child = multiprocessing.get_context("fork").Process(target=_exit_with, args=(inputs, expected))
-    child.start()
-    child.join(60)
-    assert child.exitcode == 0
+@pytest.mark.parametrize("k", [[[3], [5]], [[3, 9], [70, 1]]], ids=["one scale", "several scales"])
+def test_dense_holds_the_similarity_of_some_images(monkeypatch, k):
+    inputs = draw_inputs((9, 70, 2, 30, 8), [row * (2 // len(row)) for row in k], torch.float32, ties=True)
+    whole = run(inputs, "dense")
+    monkeypatch.setattr(dense, "CHUNK_BYTES", 2 * 2 * 30 * 70 * 4)
+    with Seen() as seen:
+        selected = dense.forward(inputs.patches, inputs.prompts, inputs.k, keep=True)[1]
+        dense.backward(inputs.grad, inputs.patches, inputs.prompts, selected, inputs.k, 70)
+    assert seen.largest == dense.CHUNK_BYTES
+    for chunk, tensor in zip(run(inputs, "dense"), whole, strict=True):
+        torch.testing.assert_close(chunk, tensor)
 
 
-def _exit_with(inputs: Inputs, expected: torch.Tensor) -> None:
-    torch.set_num_threads(2)
-    sys.exit(not torch.equal(topk_similarity(inputs.patches, inputs.prompts, inputs.k, impl="blocked"), expected))
+def test_auto_takes_on_a_processor_what_is_faster_for_the_size(monkeypatch):
+    taken = []
+    for module in (dense, blocked):
+        for name in ("forward", "backward"):
+            real, label = getattr(module, name), f"{module.__name__.split('.')[-1]}.{name}"
+            monkeypatch.setattr(module, name, lambda *a, real=real, label=label: taken.append(label) or real(*a))
+
+    def kinds(B, k):
+        taken.clear()
+        inputs = draw_inputs((B, 64, 1, 128, 4), [[k]], torch.float32)
+        inputs.patches.requires_grad_()
+        topk_similarity(inputs.patches, inputs.prompts, inputs.k).sum().backward()
+        return taken
+
+    assert kinds(1, 8) == ["dense.forward", "dense.backward"]
+    assert kinds(128, 8) == ["blocked.forward", "blocked.backward"]
+    assert kinds(128, 9) == ["blocked.forward", "dense.backward"]
 
 
 def test_blocked_leaves_torch_as_it_was(one_thread):

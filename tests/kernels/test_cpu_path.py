@@ -34,24 +34,6 @@ def test_patches_of_many_images_have_gradients_of_their_own(monkeypatch):
     assert patches.grad[..., 0].nonzero().tolist() == [[image, 150] for image in range(200)]
 
 
-@pytest.mark.parametrize("scales", [[3], [2, 5, 9]])
-def test_torch_selects_as_numpy_does(scales):
-    """The devices that are no processors have torch alone."""
-    inputs = draw_inputs((3, 9, 1, 4, 2), [scales], torch.float32, ties=True)
-    scores = torch.einsum("bpd,cd->bcp", inputs.patches, inputs.prompts[0])
-    found = []
-    for select, scratch in (
-        (blocked._select, (None, None)),
-        (blocked._select_in_numpy, (torch.empty(scores.numel()), torch.empty(scores.numel(), dtype=torch.bool))),
-    ):
-        values, selected = torch.empty(3, 4), torch.empty(3, 4, sum(scales), dtype=torch.uint8)
-        select(scores, values, selected, scales, *scratch)
-        # The order of a scale's patches is free.
-        found.append((values, [part.sort().values for part in selected.split(scales, dim=-1)]))
-    torch.testing.assert_close(found[0][0], found[1][0])
-    assert all(map(torch.equal, found[0][1], found[1][1]))
-
-
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, "bf16"), (torch.float32, None)])
 def test_products_have_the_precision_of_their_inputs(monkeypatch, dtype, expected):
     seen, real = [], blocked._scores
@@ -105,10 +87,10 @@ def test_what_only_the_backward_pass_needs_is_kept_only_for_it(monkeypatch, func
     monkeypatch.setattr(module, "forward", lambda *inputs: kept.append(inputs[-1]) or real(*inputs))
     inputs = draw_inputs((2, 9, 1, 3, 8), [[4]], torch.float32)
     prompts, more = (inputs.prompts, [4]) if function is topk_similarity else (inputs.prompts[0], [])
-    function(inputs.patches, prompts, *more)
-    function(inputs.patches.requires_grad_(), prompts, *more)
+    function(inputs.patches, prompts, *more, impl="blocked")
+    function(inputs.patches.requires_grad_(), prompts, *more, impl="blocked")
     with torch.no_grad():
-        function(inputs.patches, prompts, *more)
+        function(inputs.patches, prompts, *more, impl="blocked")
     assert kept == [False, True, False]
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.kernels.support import run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMPLEMENTATIONS = ["reference", "blocked", "triton"]
+IMPLEMENTATIONS = ["reference", "dense", "blocked", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 each_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 # The same examples in every run; shrinking is left out because one example takes seconds in Triton's interpreter.
@@ -76,7 +76,7 @@ def check(inputs: Inputs, impl: str) -> None:
 
 @given(inputs=inputs_strategy())
 @settings(repeatable, max_examples=60)
-@pytest.mark.parametrize("impl", ["reference", "blocked"])
+@pytest.mark.parametrize("impl", ["reference", "dense", "blocked"])
 def test_error_rule(impl, inputs):
     check(inputs, impl)
 
@@ -113,7 +113,7 @@ def test_no_images_or_no_classes(impl, shape):
         assert torch.equal(gradient, torch.zeros_like(like))
 
 
-@pytest.mark.parametrize("impl", ["reference", "blocked"])
+@pytest.mark.parametrize("impl", ["reference", "dense", "blocked"])
 @pytest.mark.parametrize("k", [3, (1, 20), ((1, 4), (2, 7))])
 def test_gradcheck(impl, k):
     inputs = draw_inputs((2, 7, 2, 3, 5), [[1], [1]], torch.float64)
@@ -206,7 +206,7 @@ def test_permuting_classes_permutes_the_result(impl):
     torch.testing.assert_close(permuted, values[:, :, order])
 
 
-@pytest.mark.parametrize("impl", ["blocked", "triton"])
+@pytest.mark.parametrize("impl", ["dense", "blocked", "triton"])
 @pytest.mark.parametrize(("shape", "k"), [((4, 50, 2, 20, 64), [[3], [20]]), ((4, 33, 1, 7, 512), [[1]])])
 def test_results_are_the_same_bits_in_every_run_and_in_every_batch(impl, shape, k):
     inputs = draw_inputs(shape, k, torch.float32, device=DEVICE)
@@ -241,7 +241,7 @@ def test_selected_patches_are_those_that_receive_gradient(k):
             assert torch.equal(selected[:, n, c], (patches.grad != 0).any(-1))
 
 
-@pytest.mark.parametrize("impl", ["blocked", "triton"])
+@pytest.mark.parametrize("impl", ["dense", "blocked", "triton"])
 def test_without_gradients_no_selection_is_kept(impl):
     inputs = draw_inputs((2, 9, 1, 3, 8), [[4]], torch.float32, device=DEVICE)
     kept = torch.ops.fastprompt.topk_similarity(inputs.patches, inputs.prompts, [4], True, impl)
@@ -259,7 +259,7 @@ def test_offsets_beyond_2_to_31():
     assert all(map(torch.equal, run(near, "triton"), run(Inputs(far, near.prompts, near.k, near.grad), "triton")))
 
 
-@pytest.mark.parametrize("impl", ["blocked", "triton"])
+@pytest.mark.parametrize("impl", ["dense", "blocked", "triton"])
 def test_only_requested_gradients_are_made(impl):
     inputs = draw_inputs((2, 9, 1, 3, 8), [[4]], torch.float32, device=DEVICE)
     grads = torch.ops.fastprompt.topk_similarity_grad

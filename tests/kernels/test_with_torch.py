@@ -11,7 +11,7 @@ from fastprompt_kernels import topk_similarity
 from fastprompt_kernels.testing import draw_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMPLEMENTATIONS = ["reference", "blocked", "triton"]
+IMPLEMENTATIONS = ["reference", "dense", "blocked", "triton"]
 each_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 
 
@@ -25,7 +25,9 @@ def make_inputs(B=2, requires_grad=True):
     return inputs.patches.requires_grad_(requires_grad), inputs.prompts.requires_grad_(requires_grad), inputs.grad
 
 
-@pytest.mark.parametrize(("impl", "dtype"), [("blocked", torch.float32), ("triton", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("impl", "dtype"), [("dense", torch.float32), ("blocked", torch.float32), ("triton", torch.bfloat16)]
+)
 def test_opcheck(impl, dtype):
     patches, prompts, grad = make_inputs()
     patches, prompts = (tensor.detach().to(dtype) for tensor in (patches, prompts))
@@ -119,7 +121,7 @@ def test_autocast_casts_the_inputs_and_nothing_inside(impl, compiled):
 def test_autocast_leaves_float64_alone():
     patches, prompts, _ = (tensor.double() for tensor in make_inputs())
     with torch.autocast(DEVICE, torch.bfloat16):
-        assert torch.equal(topk_similarity(patches, prompts, 3), topk_similarity(patches, prompts, 3, impl="blocked"))
+        assert torch.equal(topk_similarity(patches, prompts, 3), topk_similarity(patches, prompts, 3, impl="dense"))
 
 
 ON_ITS_OWN = """
@@ -150,5 +152,5 @@ def test_without_a_gpu_triton_is_neither_imported_nor_used():
         "device": False,
         "values": [[[8.0, 8.0]]],
         "message": f"impl='triton' cannot run here: {reason}",
-        "available": {"reference": "usable", "blocked": "usable", "triton": reason},
+        "available": {"reference": "usable", "dense": "usable", "blocked": "usable", "triton": reason},
     }

@@ -13,6 +13,7 @@ from . import op, reference
 
 __all__ = ["selected_patches", "topk_similarity"]
 
+IMPLEMENTATIONS = ("auto", "reference", "dense", "blocked", "triton")
 K = int | Sequence[int] | Sequence[Sequence[int]]
 
 
@@ -50,7 +51,7 @@ def topk_similarity(patches: Tensor, prompts: Tensor, k: K, *, reduce: str = "no
     scales = _checked(patches, prompts, k)
     if reduce not in ("none", "mean"):
         raise ValueError(f"reduce must be 'none' or 'mean', got {reduce!r}")
-    check_name(impl)
+    check_name(impl, IMPLEMENTATIONS)
     values = op.topk_similarity(patches, prompts, scales, impl)
     return values.mean(1) if reduce == "mean" else values
 

@@ -41,8 +41,10 @@ def forward(patches: Tensor, prompts: Tensor, k: Scales, keep: bool) -> tuple[Te
     queries = prompts.flatten(0, 1).to(dtype)
     with exact_bfloat16_products(patches):
         for images in _chunks(B, N * C * P * dtype.itemsize):
-            # A product an image, so that an image's results do not depend on the others in its batch.
-            scores = torch.matmul(queries, patches[images].to(dtype).mT).unflatten(1, (N, C))
+            # A product an image, so that an image's results do not depend on the others in its batch. Not matmul, which
+            # would make one product of all, or not, depending on whether a gradient is asked for.
+            rows = patches[images].to(dtype)
+            scores = torch.bmm(queries.expand(len(rows), -1, -1), rows.mT).unflatten(1, (N, C))
             start = 0
             for n, scales in enumerate(k):
                 best, patch = _best(scores[:, n], scales, exact=keep)
@@ -64,13 +66,14 @@ def backward(
     like = prompts if patches is None else patches
     of_patches = like.new_zeros((B, P, like.shape[-1]) if prompts is not None else 0)
     of_prompts = grad.new_zeros((N * C, like.shape[-1]) if patches is not None else 0)
+    queries = None if prompts is None else prompts.flatten(0, 1).to(grad.dtype)
     for images in _chunks(B, N * C * P * grad.itemsize):
         weights = _weights(grad[images], selected[images], k, P)  # (N * C, images, P)
         if prompts is not None:
-            of_patches[images] = torch.matmul(weights.permute(1, 2, 0), prompts.flatten(0, 1).to(grad.dtype))
+            of_patches[images] = torch.bmm(weights.permute(1, 2, 0), queries.expand(weights.shape[1], -1, -1))
         if patches is not None:
             of_prompts.addmm_(weights.flatten(1), patches[images].flatten(0, 1).to(grad.dtype))
-    return of_patches, (of_prompts.view(N, C, -1) if patches is not None else of_prompts).to(like.dtype)
+    return of_patches, of_prompts.view((N, C, like.shape[-1]) if patches is not None else 0).to(like.dtype)
 
 
 def _chunks(B: int, bytes_per_image: int) -> Iterator[slice]:
