@@ -50,9 +50,8 @@ class CoOp(Learner):
     ) -> None:
         if position not in POSITIONS:
             raise InputError(f"position: expected one of {', '.join(POSITIONS)}, got {position!r}")
-        starts = torch.stack(
-            [initial_context(backbone, context) for _ in range(len(class_names) * class_specific or 1)]
-        )
+        contexts = len(class_names) if class_specific else 1
+        starts = torch.stack([initial_context(backbone, context) for _ in range(max(contexts, 1))])
         options = {"context": context, "position": position, "class_specific": class_specific}
         super().__init__(backbone, class_names, context_tokens=starts.shape[1], suffix=".", options=options)
         self.position, self.class_specific = position, class_specific
