@@ -26,7 +26,7 @@ def encode_padded(model: nn.Module, context: Tensor, ids: Tensor) -> Tensor:
 
 
 def encode_embedded(model: nn.Module, x: Tensor, end: Tensor) -> Tensor:
-    """Text features (S, D), normalised, of sequences of token embeddings (S, L, W) whose last tokens are at end (S,)."""
+    """Text features (S, D), normalised, of S sequences of token embeddings (S, L, W) that end at end (S,)."""
     x = model.transformer(x + model.positional_embedding, attn_mask=model.attn_mask)
     return F.normalize(model.ln_final(x)[torch.arange(len(x)), end] @ model.text_projection, dim=-1)
 

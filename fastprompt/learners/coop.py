@@ -65,6 +65,7 @@ class CoOp(Learner):
         return self.backbone.encode_prompts(in_front, self.class_tokens, behind)
 
     def forward(self, features: ImageFeatures) -> Scores:
-        """Scores of B images: scaled cosines of the pooled feature."""
+        """Scores of B images: scaled cosines of the pooled feature; part "text" (C, D)."""
+        text = self.text_features()[0]
         features = features.to(self.backbone.device)
-        return Scores(self.backbone.logit_scale * features.pooled @ self.text_features()[0].T)
+        return Scores(self.backbone.logit_scale * features.pooled @ text.T, {"text": text})
