@@ -117,12 +117,14 @@ def _train(arguments: Sequence[str]) -> type[Train]:
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", default="default")
-    chosen = {"".join(arguments[1:2]): parser.parse_known_args(arguments)[0].recipe}
-    configs = tuple(
-        Annotated[train_config(method, chosen.get(method, "default")), subcommand(method, prefix_name=False)]
-        for method in sorted(METHODS)
-    )
-    made = make_dataclass("Train", [("config", Union[configs])], bases=(Train,), frozen=True)  # noqa: UP007
+    asked, recipe = "".join(arguments[1:2]), parser.parse_known_args(arguments)[0].recipe
+    configs = []
+    for method in sorted(METHODS):
+        config = train_config(method, recipe if method == asked else "default")
+        # In the list of methods, one line each; the whole description in a method's own help.
+        description = None if method == asked else config.__doc__.split("\n\n")[0]
+        configs.append(Annotated[config, subcommand(method, prefix_name=False, description=description)])
+    made = make_dataclass("Train", [("config", Union[tuple(configs)])], bases=(Train,), frozen=True)  # noqa: UP007
     made.__doc__ = Train.__doc__
     return made
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ from fastprompt.experiment.config import ExperimentConfig
 from fastprompt.experiment.methods import train_config
 from fastprompt.learners import METHODS, Learner, Recipe, find_method
 from fastprompt.learners.recipe import find_recipe, write_recipe
+from fastprompt.learners.templates import TEMPLATES
 from fastprompt.report import Column, Table
 
 NUMBERS = tuple(field.name for field in fields(Recipe) if field.name not in ("source", "options"))
+LISTED = ("epochs", "batch_size", "lr", "weight_decay", "warmup_epochs")
 
 
 def list_recipes(method: str | None = None) -> str:
@@ -22,15 +24,17 @@ def list_recipes(method: str | None = None) -> str:
     if method is None:
         title = "Default recipes; `fastprompt recipes ls METHOD` shows those by data set"
         learners = [METHODS[name] for name in sorted(METHODS)]
-        rows = [(learner.method, learner, "default", ", ".join(list(learner.recipes)[1:])) for learner in learners]
-        last = "Further recipes"
+        rows = [(learner.method, learner, "default", _further(learner)) for learner in learners]
+        last = "further recipes"
     else:
         learner = find_method(method)
         title = f"Recipes of {method}; data sets that are not listed have the default"
         rows = [(name, learner, name, _joined(recipe.options)) for name, recipe in learner.recipes.items()]
-        last = "Options that differ from the learner's"
-    columns = (*(Column(name) for name in NUMBERS), Column(last))
-    lines = [Row(label, (*_numbers(learner, learner.recipes[name]), words)) for label, learner, name, words in rows]
+        last = "options"
+    columns = (*map(Column, LISTED), Column(last))
+    lines = [
+        Row(label, (*_words(learner, learner.recipes[name], LISTED), words)) for label, learner, name, words in rows
+    ]
     return Table(title, columns, tuple(lines), "Method" if method is None else "Recipe").to_text()
 
 
@@ -40,7 +44,7 @@ def show_recipe(method: str, name: str) -> str:
     recipe = find_recipe(learner, name)
     made = train_config(method, name)
     defaults = {field.name: field.default for field in fields(made) if field.name in made.own_options}
-    numbers = dict(zip(NUMBERS, _numbers(learner, recipe), strict=True)) if learner.learns else {}
+    numbers = dict(zip(NUMBERS, _words(learner, recipe, NUMBERS), strict=True)) if learner.learns else {}
     values = {"source": recipe.source, **numbers, **{key: _word(value) for key, value in defaults.items()}}
     width = max(map(len, values))
     return "\n".join([f"{method}, recipe {name}", *(f"  {key:{width}}  {value}" for key, value in values.items())])
@@ -63,9 +67,17 @@ def resolved_recipe(config: ExperimentConfig) -> str:
     return "\n".join([*lines, f"  {_joined(config.learner_options())}"])
 
 
-def _numbers(learner: type[Learner], recipe: Recipe) -> list[str | None]:
-    """What ``NUMBERS`` names, in words; nothing where nothing is trained."""
-    return [_word(getattr(recipe, name)) if learner.learns else None for name in NUMBERS]
+def _further(learner: type[Learner]) -> str:
+    """The names of a method's recipes but the default."""
+    names = [name for name in learner.recipes if name != "default"]
+    if set(TEMPLATES) <= set(names):
+        names = [f"each of {len(TEMPLATES)} data sets", *(name for name in names if name not in TEMPLATES)]
+    return ", ".join(names)
+
+
+def _words(learner: type[Learner], recipe: Recipe, names: Sequence[str]) -> list[str | None]:
+    """Numbers of a recipe as they would be typed; nothing where nothing is trained."""
+    return [_word(getattr(recipe, name)) if learner.learns else None for name in names]
 
 
 def _joined(values: Mapping[str, Any]) -> str:

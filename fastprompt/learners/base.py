@@ -74,7 +74,7 @@ class Learner(nn.Module, ABC):
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):  # a notebook may repeat a cell
             taken = f"{known.__module__}.{known.__qualname__}"
             raise InputError(f"method {cls.method!r} of {cls.__qualname__} is the name of another method, {taken}")
-        if "default" not in getattr(cls, "recipes", {}):
+        if "default" not in cls.__dict__.get("recipes", {}):  # inherited ones would claim another method's numbers
             raise InputError(f"recipes of {cls.__qualname__}: expected a recipe named 'default', got none")
         METHODS[cls.method] = cls
 

@@ -68,8 +68,11 @@ class DualView(CoOp):
         super().__init__(backbone, class_names, context=context)
         self.options = {"context": context, "templates": list(templates), "weight": weight, "mixing": mixing}
         self.templates, self.weight, self.mixing = tuple(templates), weight, mixing
-        self.class_means: Tensor | None = None
         self.hand_crafted(*self.templates)  # a bad template is refused here, not in the first step
+
+    def _set_classes(self, class_names: Sequence[str]) -> None:
+        super()._set_classes(class_names)
+        self.class_means: Tensor | None = None
 
     def prepare(self, source: FeatureSource) -> None:
         """Take the mean pooled feature of every class, (C, D); that of a class without an image is 0."""

@@ -59,6 +59,7 @@ def test_class_means_are_those_of_the_training_images(vit_backbone, images):
     torch.testing.assert_close(learner.class_means[1], features.pooled[[0, 2]].mean(0).float())
     torch.testing.assert_close(learner.class_means[0], features.pooled[1].float())
     assert not learner.class_means[2:].any()
+    assert learner.with_class_names(["dog", "cat"]).class_means is None
 
 
 def test_half_of_the_images_are_mixed_with_up_to_half_of_the_mean(vit_backbone):

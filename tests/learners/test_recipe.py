@@ -57,7 +57,7 @@ def test_a_method_is_registered_once_and_has_a_default_recipe():
     with pytest.raises(InputError, match=r"'coop' of Other is the name of another method, fastprompt.learners.coop.Co"):
         type("Other", (Learner,), {"method": "coop", "recipes": {"default": Recipe(source="here")}})
     with pytest.raises(InputError, match="recipes of Other: expected a recipe named 'default'"):
-        type("Other", (Learner,), {"method": "other"})
+        type("Other", (CoOp,), {"method": "other"})
     assert METHODS["coop"] is CoOp
     assert "other" not in METHODS
 
