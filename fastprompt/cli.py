@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Union
 
 import tyro
-from tyro.conf import subcommand
+from tyro.conf import Positional, subcommand
 
 from fastprompt.errors import InputError
 from fastprompt.experiment.config import (
     EvaluateConfig,
+    ExperimentConfig,
     ExplainConfig,
     PredictConfig,
-    TrainCoOp,
-    TrainGalLoP,
-    TrainZeroShot,
 )
 
 DESCRIPTION = """Prompt learning for CLIP-like models, from a few labelled images to a tested classifier.
@@ -36,10 +35,47 @@ Without data of your own: fastprompt demo"""
 class Train:
     """Train a learner on a few labelled images, test it beside zero-shot CLIP, and write a run folder."""
 
-    config: (
-        Annotated[TrainGalLoP, subcommand("gallop", prefix_name=False)]
-        | Annotated[TrainCoOp, subcommand("coop", prefix_name=False)]
-        | Annotated[TrainZeroShot, subcommand("zero-shot", prefix_name=False)]
+    config: ExperimentConfig
+
+
+@dataclass(frozen=True)
+class ListRecipes:
+    """List the recipes of all methods, or those of one by data set."""
+
+    method: Positional[str | None] = None
+    """Method, such as gallop."""
+
+
+@dataclass(frozen=True)
+class ShowRecipe:
+    """Show everything that a recipe decides, and where its numbers stand."""
+
+    method: Positional[str]
+    """Method, such as gallop."""
+    recipe: Positional[str] = "default"
+    """Name of the recipe: default, a data set such as imagenet, or a .json file."""
+
+
+@dataclass(frozen=True)
+class CopyRecipe:
+    """Write a recipe to a .json file, to be changed and given to `fastprompt train METHOD --recipe FILE`."""
+
+    method: Positional[str]
+    """Method, such as gallop."""
+    recipe: Positional[str]
+    """Name of the recipe: default, or a data set such as imagenet."""
+    file: Positional[Path]
+    """New file, whose name ends in .json."""
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """The hyper-parameters that the methods were published with."""
+
+    action: (
+        Annotated[ListRecipes, subcommand("ls", prefix_name=False)]
+        | Annotated[ShowRecipe, subcommand("show", prefix_name=False)]
+        | Annotated[CopyRecipe, subcommand("copy", prefix_name=False)]
     )
 
 
@@ -59,23 +95,49 @@ class Demo:
     """Folder for images, runs and report.html. An unfinished demo there is resumed."""
 
 
-Command = (
-    Annotated[Train, subcommand("train")]
-    | Annotated[EvaluateConfig, subcommand("evaluate")]
+OTHER_COMMANDS = (
+    Annotated[EvaluateConfig, subcommand("evaluate")]
     | Annotated[PredictConfig, subcommand("predict")]
     | Annotated[ExplainConfig, subcommand("explain")]
+    | Annotated[Recipes, subcommand("recipes")]
     | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Demo, subcommand("demo")]
 )
 
 
-def run(command: Train | EvaluateConfig | PredictConfig | ExplainConfig | Doctor | Demo) -> None:
+def _train(arguments: Sequence[str]) -> type[Train]:
+    """The train command with a subcommand for every method, with the options of its learner.
+
+    The defaults of the method that is asked for are those of its recipe, in its --help, too.
+    """
+    if arguments[:1] != ["train"]:
+        return Train  # its options are not asked for, and methods are known only where torch is imported
+    from fastprompt.experiment.methods import train_config
+    from fastprompt.learners import METHODS
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", default="default")
+    asked, recipe = "".join(arguments[1:2]), parser.parse_known_args(arguments)[0].recipe
+    configs = []
+    for method in sorted(METHODS):
+        config = train_config(method, recipe if method == asked else "default")
+        # In the list of methods, one line each; the whole description in a method's own help.
+        description = None if method == asked else config.__doc__.split("\n\n")[0]
+        configs.append(Annotated[config, subcommand(method, prefix_name=False, description=description)])
+    made = make_dataclass("Train", [("config", Union[tuple(configs)])], bases=(Train,), frozen=True)  # noqa: UP007
+    made.__doc__ = Train.__doc__
+    return made
+
+
+def run(command: Train | EvaluateConfig | PredictConfig | ExplainConfig | Recipes | Doctor | Demo) -> None:
     """Carry out one command and print what came of it."""
     # Imports stand here so that --help and usage errors do not wait for torch and open_clip.
     match command:
         case Train(config):
+            from fastprompt.experiment.recipes import resolved_recipe
             from fastprompt.experiment.train import train_run
 
+            print(resolved_recipe(config))
             trained = train_run(config)
             print(f"\n{trained.table.to_text()}\n\nrun folder: {trained.run.path}")
         case EvaluateConfig():
@@ -92,6 +154,8 @@ def run(command: Train | EvaluateConfig | PredictConfig | ExplainConfig | Doctor
 
             path, name = explain_image(command)
             print(f"patches selected for {name!r}: {path}")
+        case Recipes(action):
+            print(_recipes(action))
         case Doctor(backbone):
             from fastprompt.doctor import examine
 
@@ -102,17 +166,30 @@ def run(command: Train | EvaluateConfig | PredictConfig | ExplainConfig | Doctor
             print(run_demo(out))
 
 
+def _recipes(action: ListRecipes | ShowRecipe | CopyRecipe) -> str:
+    from fastprompt.experiment.recipes import copy_recipe, list_recipes, show_recipe
+
+    match action:
+        case ListRecipes(method):
+            return list_recipes(method)
+        case ShowRecipe(method, recipe):
+            return show_recipe(method, recipe)
+        case CopyRecipe(method, recipe, file):
+            return copy_recipe(method, recipe, file)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    command = tyro.cli(
-        Command,
-        prog="fastprompt",
-        description=DESCRIPTION,
-        args=None if arguments is None else list(arguments),
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-    )
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        command: Any = tyro.cli(
+            Union[Annotated[_train(arguments), subcommand("train")], OTHER_COMMANDS],  # noqa: UP007
+            prog="fastprompt",
+            description=DESCRIPTION,
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        )
         run(command)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output, such as head, has seen enough
