@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,18 @@ def encode_padded(model: nn.Module, context: Tensor, ids: Tensor) -> Tensor:
     x = model.ln_final(x).unflatten(0, (groups, classes))
     end = ids.argmax(dim=-1) + own
     return F.normalize(x[:, torch.arange(classes), end] @ model.text_projection, dim=-1)
+
+
+def first_positions(model: torch.nn.Module, length: int) -> SimpleNamespace:
+    """The text tower of an open_clip model that reads ``length`` tokens: exact, because it is causal."""
+    return SimpleNamespace(
+        token_embedding=model.token_embedding,
+        positional_embedding=model.positional_embedding[:length],
+        attn_mask=model.attn_mask[:length, :length],
+        transformer=model.transformer,
+        ln_final=model.ln_final,
+        text_projection=model.text_projection,
+    )
 
 
 def topk_mean_dense(patches: Tensor, prompts: Tensor, k: Sequence[int]) -> Tensor:
