@@ -15,9 +15,7 @@ from benchmarks.measure import Benchmark, Case, Shape
 from benchmarks.peers import cocoop_context, conditional_logits, copl_context, first_positions
 from benchmarks.text_encoder import NAMES
 from fastprompt.backbone import ImageFeatures, load_backbone
-from fastprompt.learners import Learner
-from fastprompt.learners.cocoop import CoCoOp
-from fastprompt.learners.copl import CoPL
+from fastprompt.learners import CoCoOp, CoPL, Learner
 
 # The 77-token pass keeps about 3 GB for 100 classes of one image; two images show that images do not mix.
 TRANSCRIBED = 2

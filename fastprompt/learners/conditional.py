@@ -24,7 +24,7 @@ class ImageConditional(Learner):
         meta_net: D -> D // 16 -> W with a ReLU between; its layers are named as in CoCoOp's published code.
     """
 
-    def __init__(self, backbone: Backbone, class_names: Sequence[str], *, context: str | int = "a photo of a") -> None:
+    def __init__(self, backbone: Backbone, class_names: Sequence[str], *, context: int | str = "a photo of a") -> None:
         start = initial_context(backbone, context)
         super().__init__(backbone, class_names, context_tokens=len(start), suffix=".", options={"context": context})
         self.context = nn.Parameter(start)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import Tensor
 
 from fastprompt.backbone import ImageFeatures
 from fastprompt.learners.conditional import ImageConditional
+from fastprompt.learners.recipe import Recipe
 
 
 class CoPL(ImageConditional):
-    """CoPL (arXiv 2307.00910): our reading of the paper's abstract; its equations were not available to us.
+    """CoPL: the patches of each image weigh the words of the context and add to them (arXiv 2307.00910).
 
-    The meta-net h makes a token pi_p = h(f_p) of every L2-normalised patch feature f_p in the joint space. A context
-    token v_i attends to them with scores s_ip = <v_i, pi_p> / sqrt(W) and takes in what it finds; tokens that match
-    some patch well weigh more. The dynamic token of an image is
+    This is our reading of the paper's abstract; its equations were not available to us. The meta-net h makes a token
+    pi_p = h(f_p) of every L2-normalised patch feature f_p in the joint space. A context token v_i attends to them with
+    scores s_ip = <v_i, pi_p> / sqrt(W) and takes in what it finds; tokens that match some patch well weigh more. The
+    dynamic token of an image is
 
         w_i (v_i + sum_p softmax_p(s_ip) pi_p),  w_i = M softmax_i(max_p s_ip)
 
@@ -29,6 +32,9 @@ class CoPL(ImageConditional):
     """
 
     method: ClassVar[str] = "copl"
+    recipes: ClassVar[Mapping[str, Recipe]] = {
+        "default": Recipe(source="CoCoOp's, for CoPL's own were not available to us", epochs=10, batch_size=1),
+    }
 
     def contexts(self, features: ImageFeatures) -> Tensor:
         """See ``ImageConditional``."""

@@ -10,8 +10,7 @@ from open_clip import SimpleTokenizer
 from benchmarks.peers import cocoop_context, conditional_logits, copl_context
 from fastprompt import CoOp, ImageFeatures, InputError
 from fastprompt.backbone import Backbone
-from fastprompt.learners.cocoop import CoCoOp
-from fastprompt.learners.copl import CoPL
+from fastprompt.learners import CoCoOp, CoPL
 from fastprompt.training import CachedSource, TrainingSettings, fit
 from tests.models import make_backbone, make_clip
 
