@@ -8,7 +8,7 @@ from torch import Tensor
 from ..implementations import runs_triton
 from . import blocked, reference
 
-# As many elements of a problem, each axis rounded up to a power of two, are 64 in each thread of 4 warps.
+# As many elements of a problem, each axis rounded up to a power of two, are 32 in each thread of 8 warps.
 MOST_ELEMENTS = 8192
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..triton_launch import index_dtype
 from .reference import LOWEST
 
-# Elements of a tile: 32 in each thread of 4 warps, beside as many products.
-TILE = 4096
+# Elements of a tile of several problems: 16 in each thread of 4 warps, beside as many products and the scalings.
+TILE = 2048
 
 
 @triton.jit
@@ -85,7 +85,11 @@ def _launch(cost: Tensor, plan: Tensor, changes: Tensor, count: Tensor, eps: flo
 
 
 def blocks(M: int, N: int) -> dict[str, int]:
-    """Tile sizes and warps: whole problems, as many as TILE holds and at least one, with 32 or 64 elements a thread."""
+    """Tile sizes and warps: whole problems, as many as TILE holds and at least one.
+
+    A thread has 32 elements at the most. With 64 of them, the largest problem on 4 warps, it spills.
+    """
     block_m, block_n = triton.next_power_of_2(M), triton.next_power_of_2(N)
     block_x = max(1, TILE // (block_m * block_n))
-    return {"BLOCK_X": block_x, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4}
+    warps = 4 if block_m * block_n <= 2 * TILE else 8
+    return {"BLOCK_X": block_x, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps}
