@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from fastprompt.backbone import Backbone, ImageFeatures
 from fastprompt.learners.base import Learner, Scores, initial_context
+from fastprompt.learners.recipe import Recipe
+
+EPOCHS = {1: 50, 2: 100, 4: 100, 8: 200, 16: 200}
 
 
 class CoOp(Learner):
-    """CoOp (arXiv 2109.01134) with a context shared by all classes and the class name at the end.
+    """CoOp: one learned context for all classes, with the class name at the end (arXiv 2109.01134).
 
     Args:
         backbone: the frozen model.
@@ -21,8 +24,13 @@ class CoOp(Learner):
     """
 
     method: ClassVar[str] = "coop"
+    recipes: ClassVar[Mapping[str, Recipe]] = {
+        "default": Recipe(source="CoOp's code, vit_b16_ctxv1 (base-to-new)", epochs=EPOCHS),
+        "imagenet": Recipe(source="CoOp's code, vit_b16_ctxv1 (base-to-new)", epochs=50),
+        "few-shot": Recipe(source="CoOp's code, COOP.md", epochs=EPOCHS, options={"context": 16}),
+    }
 
-    def __init__(self, backbone: Backbone, class_names: Sequence[str], *, context: str | int = "a photo of a") -> None:
+    def __init__(self, backbone: Backbone, class_names: Sequence[str], *, context: int | str = "a photo of a") -> None:
         start = initial_context(backbone, context)
         super().__init__(backbone, class_names, context_tokens=len(start), suffix=".", options={"context": context})
         self.context = nn.Parameter(start)  # (M, W)
