@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -12,20 +12,23 @@ from torch import Tensor, nn
 from fastprompt.backbone import Backbone, ImageFeatures
 from fastprompt.errors import InputError
 from fastprompt.learners.base import Learner, Scores, initial_context
+from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.transport import Transport, transport_similarity
+
+CODE = "PLOT's code, plot-coop/configs/trainers/PLOT/rn50.yaml and scripts/main.sh: ResNet-50"
 
 
 class PLOT(Learner):
-    """PLOT (arXiv 2210.01253) with contexts shared by all classes, following its published code.
+    """PLOT: several prompts a class, matched with the patches by optimal transport (arXiv 2210.01253).
 
     The N prompts of a class and the P patches of an image are two uniform distributions. Their entropic transport plan
-    T, with cost 1 - cosine, is computed without gradient, and the logit is s * sum of T * cosine. The plan's iterations
-    stop by a rule that looks at the whole batch, so a logit depends, by less than the rule's tolerance, on the other
-    images of its batch.
+    T, with cost 1 - cosine, is computed without gradient, and the logit is s * sum of T * cosine. Its iterations stop
+    by a rule that looks at the whole batch, so a logit depends slightly on the other images of its batch. This follows
+    the published code, with contexts shared by all classes.
 
-    Published with ResNet-50, whose patches went through attention pooling; here they are the value-path features that
-    `Backbone.encode_images` gives. With `pooled`, prompts are averaged after normalisation, in the published code
-    before.
+    That code has a ResNet-50 whose patches went through attention pooling; here they are the value-path features of
+    ``Backbone.encode_images``. For ``pooled`` it averages the prompts of a class before they are normalised, here they
+    are averaged after that.
 
     Args:
         backbone: the frozen model.
@@ -39,6 +42,11 @@ class PLOT(Learner):
     """
 
     method: ClassVar[str] = "plot"
+    recipes: ClassVar[Mapping[str, Recipe]] = {
+        "default": Recipe(source=CODE, batch_size=128),
+        "fgvc_aircraft": Recipe(source=f"{CODE}, which notes this batch size for small data sets"),
+        "imagenet": Recipe(source=CODE, batch_size=128, options={"pooled": True}),
+    }
 
     def __init__(
         self,
@@ -46,19 +54,20 @@ class PLOT(Learner):
         class_names: Sequence[str],
         *,
         prompts: int = 4,
-        context: str | int = 16,
+        context: int | str = 16,
         eps: float = 0.1,
         iterations: int = 100,
         tolerance: float = 1e-2,
         pooled: bool = False,
     ) -> None:
-        self.transport, self.pooled = checked_transport(eps, iterations, tolerance), pooled
+        transport = Transport(eps, iterations, tolerance)
         starts = initial_contexts(backbone, context, prompts)
         options = {
             "prompts": prompts, "context": context, "eps": eps, "iterations": iterations, "tolerance": tolerance,
             "pooled": pooled,
         }  # fmt: skip
         super().__init__(backbone, class_names, context_tokens=starts.shape[1], suffix=".", options=options)
+        self.transport, self.pooled = transport, pooled
         self.contexts = nn.Parameter(starts)  # (N, M, W)
 
     def encode_text(self) -> Tensor:
@@ -74,19 +83,8 @@ class PLOT(Learner):
         return Scores(self.backbone.logit_scale * cosines)
 
 
-def initial_contexts(backbone: Backbone, context: str | int, prompts: int) -> Tensor:
+def initial_contexts(backbone: Backbone, context: int | str, prompts: int) -> Tensor:
     """The start (prompts, M, W) of several contexts, each as by ``initial_context``."""
     if prompts < 1:
         raise InputError(f"prompts: expected at least 1, got {prompts}")
     return torch.stack([initial_context(backbone, context) for _ in range(prompts)])
-
-
-def checked_transport(eps: float, iterations: int, tolerance: float, keep: int | None = None) -> Transport:
-    """A transport from the options of a learner, once they are known to fit."""
-    if not eps > 0:
-        raise InputError(f"eps: expected a number above 0, got {eps}")
-    if iterations < 1:
-        raise InputError(f"iterations: expected at least 1, got {iterations}")
-    if not tolerance >= 0:
-        raise InputError(f"tolerance: expected a number of at least 0, got {tolerance}")
-    return Transport(eps, iterations, tolerance or None, keep)

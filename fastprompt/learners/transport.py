@@ -8,6 +8,8 @@ import torch
 from fastprompt_kernels import iterations_until, sinkhorn, sinkhorn_changes
 from torch import Tensor
 
+from fastprompt.errors import InputError
+
 # Similarities that are held at once. The transport holds about four times as much beside them.
 CHUNK_BYTES = 32 * 2**20
 
@@ -19,15 +21,25 @@ class Transport:
     Attributes:
         eps: strength of the entropy term, in units of cosines.
         iterations: at most.
-        tolerance: of the stopping rule, which looks at the whole batch; None makes all iterations.
+        tolerance: of the stopping rule, which looks at the whole batch; 0 makes all iterations.
         keep: how many patches of an image take part: for each class those with the largest cosine, averaged over its
             prompts. None, or a number larger than P, means all.
     """
 
     eps: float = 0.1
     iterations: int = 100
-    tolerance: float | None = 1e-2
+    tolerance: float = 1e-2
     keep: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.eps > 0:
+            raise InputError(f"eps: expected a number above 0, got {self.eps}")
+        if self.iterations < 1:
+            raise InputError(f"iterations: expected at least 1, got {self.iterations}")
+        if not self.tolerance >= 0:
+            raise InputError(f"tolerance: expected a number of at least 0, got {self.tolerance}")
+        if self.keep is not None and self.keep < 1:
+            raise InputError(f"patches: expected at least 1 to keep, got {self.keep}")
 
 
 def transport_similarity(patches: Tensor, prompts: Tensor, transport: Transport) -> Tensor:
@@ -91,7 +103,7 @@ def _cosines(patches: Tensor, prompts: Tensor) -> Tensor:
 
 def _iterations(patches: Tensor, prompts: Tensor, transport: Transport) -> int:
     """How many iterations the stopping rule makes for the whole batch."""
-    if transport.tolerance is None:
+    if not (transport.tolerance and len(patches)):
         return transport.iterations
 
     def changes(count: int) -> Tensor:
