@@ -10,7 +10,6 @@ from .support import Seen
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 each_implementation = pytest.mark.parametrize("impl", ["reference", "blocked", "triton"])
-each_fast_one = pytest.mark.parametrize("impl", ["blocked", "triton"])
 COST = torch.ones(2, 3, 4)
 
 
@@ -47,7 +46,7 @@ def in_log_domain(cost, eps, iterations):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("shape", "iterations"),
-    [((5, 49, 4), 100), ((2, 3, 10, 6), 7), ((3, 196, 3), 5), ((40, 1, 5), 3), ((6, 5, 1), 2), ((4, 4), 1)],
+    [((5, 49, 4), 30), ((2, 3, 10, 6), 7), ((3, 196, 3), 5), ((40, 1, 5), 3), ((6, 5, 1), 2), ((4, 4), 1)],
 )
 def test_error_rule(impl, dtype, shape, iterations):
     cost = draw_cost(shape, dtype)
@@ -63,13 +62,13 @@ def test_error_rule(impl, dtype, shape, iterations):
 @pytest.mark.parametrize("eps", [1 / 30, 0.1, 3.0])
 def test_cosines_of_any_size_at_small_eps(impl, eps):
     cost = draw_cost((30, 12, 4), spread=2.0)
-    plan = sinkhorn(cost, eps=eps, iterations=60, impl=impl)
-    torch.testing.assert_close(plan.double(), in_log_domain(cost.double(), eps, 60), rtol=1e-4, atol=1e-8)
+    plan = sinkhorn(cost, eps=eps, iterations=30, impl=impl)
+    torch.testing.assert_close(plan.double(), in_log_domain(cost.double(), eps, 30), rtol=1e-4, atol=1e-8)
 
 
 @each_implementation
 def test_marginals(impl):
-    plan = sinkhorn(draw_cost((8, 49, 4)), impl=impl)
+    plan = sinkhorn(draw_cost((8, 49, 4)), iterations=30, impl=impl)
     torch.testing.assert_close(plan.sum(-2), torch.full((8, 4), 1 / 4, device=DEVICE), rtol=1e-6, atol=0)
     torch.testing.assert_close(plan.sum(-1), torch.full((8, 49), 1 / 49, device=DEVICE), rtol=1e-5, atol=0)
     assert (plan >= 0).all()
@@ -80,9 +79,10 @@ def test_marginals(impl):
 def test_costs_beyond_the_kernel_give_no_0_over_0(impl, size):
     cost = size * torch.randn(20, 17, 5, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     cost[:, :, 2] += size * 10  # a column that is the worst of every row
-    plan = sinkhorn(cost, impl=impl)
-    torch.testing.assert_close(plan.sum(-2), torch.full((20, 5), 1 / 5, device=DEVICE), rtol=1e-5, atol=0)
-    assert sinkhorn(cost, tolerance=1e-2, impl=impl).isfinite().all()
+    for tolerance in (None, 1e-2):
+        plan = sinkhorn(cost, iterations=20, tolerance=tolerance, impl=impl)
+        torch.testing.assert_close(plan.sum(-2), torch.full((20, 5), 1 / 5, device=DEVICE), rtol=1e-5, atol=0)
+        assert plan.isfinite().all()
 
 
 @each_implementation
@@ -91,9 +91,9 @@ def test_stopping_rule_is_the_published_one(impl, shape, seed):
     cost = draw_cost(shape, seed=seed)
     for tolerance in (1.0, 1e-2, 1e-3):
         expected, made = published(cost.double(), tolerance=tolerance)
-        changes = sinkhorn_changes(cost, iterations=100, impl=impl)
+        changes = sinkhorn_changes(cost, iterations=20, impl=impl)
         assert int((changes < tolerance).nonzero()[0]) + 1 == made
-        plan = sinkhorn(cost, tolerance=tolerance, impl=impl)
+        plan = sinkhorn(cost, iterations=20, tolerance=tolerance, impl=impl)
         assert torch.equal(plan, sinkhorn(cost, iterations=made, impl=impl))
         torch.testing.assert_close(plan.double(), expected, rtol=2e-5, atol=0)
     # No more than asked for where the rule does not stop before.
@@ -127,11 +127,11 @@ def test_changes_of_parts_make_those_of_the_whole():
 @each_implementation
 def test_not_a_number_stays_in_its_problem_and_stops_nothing(impl):
     cost = draw_cost((4, 10, 3))
-    clean = sinkhorn(cost, iterations=30, impl=impl)
+    clean = sinkhorn(cost, iterations=9, impl=impl)
     cost[1, 2, 0] = torch.nan
     others = torch.tensor([0, 2, 3], device=DEVICE)
     for tolerance in (None, 1e-2):
-        plan = sinkhorn(cost, iterations=30, tolerance=tolerance, impl=impl)
+        plan = sinkhorn(cost, iterations=9, tolerance=tolerance, impl=impl)
         assert torch.equal(plan[others], clean[others])
         assert plan[1].isnan().all()
 
@@ -145,23 +145,26 @@ def test_no_problems(impl):
 @each_implementation
 def test_dtypes_strides_and_gradients(impl):
     cost = draw_cost((4, 5, 3, 6)).permute(0, 3, 1, 2)
-    plan = sinkhorn(cost.requires_grad_(), impl=impl)
+    plan = sinkhorn(cost.requires_grad_(), iterations=5, impl=impl)
     assert not plan.requires_grad
-    assert torch.equal(plan, sinkhorn(cost.detach().contiguous(), impl=impl))
-    assert sinkhorn(cost.bfloat16(), impl=impl).dtype == torch.float32
+    assert torch.equal(plan, sinkhorn(cost.detach().contiguous(), iterations=5, impl=impl))
+    assert sinkhorn(cost.bfloat16(), iterations=5, impl=impl).dtype == torch.float32
     if impl != "triton":
         assert sinkhorn(cost.double(), impl=impl).dtype == torch.float64
         assert sinkhorn_changes(cost.double(), impl=impl).dtype == torch.float64
 
 
 def test_blocked_holds_a_tile_at_a_time(monkeypatch):
-    monkeypatch.setattr(blocked, "TILE_BYTES", 7 * 49 * 4 * 4)
+    tile = 7 * 49 * 4 * 4
+    monkeypatch.setattr(blocked, "TILE_BYTES", tile)
+    monkeypatch.setattr(blocked, "LITTLE", 2**40)  # what other threads do is not seen
     cost = draw_cost((100, 49, 4))
     with Seen() as seen:
-        plan = blocked.plan(cost, 0.1, 20, 1e-2)
-        assert "aten::empty.memory_format" in seen.names
-    assert seen.largest == cost.numel() * 4, "more than the result was held"
-    torch.testing.assert_close(plan, sinkhorn(cost, tolerance=1e-2, impl="reference"))
+        changes = blocked.changes(cost, 0.1, 20)
+    assert seen.largest == tile
+    torch.testing.assert_close(changes, sinkhorn_changes(cost, iterations=20, impl="reference"))
+    plan = blocked.plan(cost, 0.1, 20, 1e-2)
+    torch.testing.assert_close(plan, sinkhorn(cost, iterations=20, tolerance=1e-2, impl="reference"))
 
 
 @pytest.mark.parametrize("tolerance", [None, 1e-2])
@@ -174,20 +177,22 @@ def test_the_host_does_not_wait_for_the_kernel(tolerance):
     assert not seen.names & {"aten::_local_scalar_dense", "aten::nonzero"}
 
 
-@each_fast_one
+@each_implementation
 @pytest.mark.parametrize("tolerance", [None, 1e-2])
 def test_opcheck_and_compile(impl, tolerance):
     cost = draw_cost((2, 3, 5, 4))
-    torch.library.opcheck(torch.ops.fastprompt.sinkhorn.default, (cost, 0.1, 20, tolerance, impl))
+    torch.library.opcheck(torch.ops.fastprompt.sinkhorn.default, (cost, 0.1, 5, tolerance, impl))
     torch.library.opcheck(torch.ops.fastprompt.sinkhorn_changes.default, (cost, 0.1, 5, impl))
 
     def scores(similarity):
-        return (similarity * sinkhorn(1 - similarity, tolerance=tolerance, impl=impl)).sum((-1, -2))
+        plan = sinkhorn(1 - similarity, iterations=5, tolerance=tolerance, impl=impl)
+        return (similarity * plan).sum((-1, -2))
 
     compiled = torch.compile(scores, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(cost), scores(cost))
+    expected = scores(cost)
     with torch.autocast(DEVICE, torch.bfloat16):
-        assert torch.equal(sinkhorn(cost, impl=impl), sinkhorn(cost, impl=impl))
+        assert torch.equal(scores(cost), expected)
 
 
 @pytest.mark.parametrize(

@@ -23,14 +23,14 @@ def plan(cost: Tensor, eps: float, iterations: int, tolerance: float | None) -> 
         kernel, rows, columns, _ = _solve(cost[tile].to(result.dtype), eps, iterations, change=False)
         result[tile] = kernel.mul_(rows[:, None]).mul_(columns).permute(2, 0, 1)
 
-    on_all_cores(fill, zip(_tiles(result)), cost.device, little=cost.numel() * iterations < LITTLE)
+    on_all_cores(fill, zip(_tiles(cost.shape, result.itemsize)), cost.device, little=cost.numel() * iterations < LITTLE)
     return result
 
 
 def changes(cost: Tensor, eps: float, iterations: int) -> Tensor:
     """The mean change of the rows' scaling (iterations,)."""
     dtype = torch.promote_types(cost.dtype, torch.float32)
-    tiles = list(_tiles(cost.to("meta", dtype)))
+    tiles = _tiles(cost.shape, dtype.itemsize)
     sums = torch.zeros(len(tiles), iterations, dtype=dtype, device=cost.device)
 
     def fill(number: int, tile: slice) -> None:
@@ -40,9 +40,10 @@ def changes(cost: Tensor, eps: float, iterations: int) -> Tensor:
     return sums.sum(0) / max(1, cost.shape[0] * cost.shape[1])
 
 
-def _tiles(cost: Tensor) -> list[slice]:
-    """The problems, in parts of TILE_BYTES."""
-    return list(parts(len(cost), TILE_BYTES // (cost[0].numel() * cost.itemsize))) if len(cost) else []
+def _tiles(shape: torch.Size, itemsize: int) -> list[slice]:
+    """The problems (X, M, N), in parts of TILE_BYTES."""
+    X, M, N = shape
+    return list(parts(X, TILE_BYTES // (M * N * itemsize)))
 
 
 def _solve(cost: Tensor, eps: float, iterations: int, change: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
