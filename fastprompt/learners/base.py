@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -199,6 +200,12 @@ def _largest_patch_probability(patches: Tensor, text: Tensor) -> Tensor:
         return torch.cat([_largest_patch_probability(*image) for image in zip(patches.split(1), text, strict=True)])
     statistics = patch_statistics(patches, text)
     return (statistics.maximum - statistics.logsumexp).amax(dim=1).exp()
+
+
+def check_weight(name: str, weight: float) -> None:
+    """Raise ``InputError`` unless the weight of a term is a finite number of at least 0."""
+    if not 0 <= weight < math.inf:
+        raise InputError(f"{name}: expected a finite number of at least 0, got {weight}")
 
 
 def initial_context(backbone: Backbone, context: int | str) -> Tensor:
