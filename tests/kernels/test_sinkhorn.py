@@ -207,7 +207,7 @@ def test_opcheck_and_compile(impl, tolerance):
         (COST, {"tolerance": 0.0}, ValueError, "tolerance must be a number above 0 or None, got 0.0"),
         (COST, {"impl": "cuda"}, ValueError, "impl must be one of 'auto', .*, got 'cuda'"),
         (COST.double(), {"impl": "triton"}, ValueError, r"not torch\.float64"),
-        (COST.expand(2, 3, 4)[:, :1].expand(2, 5000, 4), {"impl": "triton"}, ValueError, "at most 8192 .*, not 32768"),
+        (COST.expand(2, 3, 4)[:, :1].expand(2, 5000, 4), {"impl": "triton"}, ValueError, "at most 4096 .*, not 32768"),
     ],
 )
 def test_arguments_that_do_not_fit(cost, keywords, error, sentence):

@@ -38,7 +38,7 @@ def sinkhorn(
         tolerance: of the stopping rule; None makes all iterations, without waiting for the device.
         impl: "reference" (plain torch, the definition), "blocked" (plain torch, bounded memory, any device), "triton"
             (a kernel that holds problems in registers: CUDA and ROCm, float32, float16 and bfloat16, M times N up to
-            8192 where both are rounded up to powers of two), or "auto": triton where it can run, blocked elsewhere.
+            4096 where both are rounded up to powers of two), or "auto": triton where it can run, blocked elsewhere.
             What is named explicitly is run or refused, never replaced.
 
     Returns:

@@ -85,11 +85,6 @@ def _launch(cost: Tensor, plan: Tensor, changes: Tensor, count: Tensor, eps: flo
 
 
 def blocks(M: int, N: int) -> dict[str, int]:
-    """Tile sizes and warps: whole problems, as many as TILE holds and at least one.
-
-    A thread has 32 elements at the most. With 64 of them, the largest problem on 4 warps, it spills.
-    """
+    """Tile sizes and warps: whole problems, as many as TILE holds and at least one."""
     block_m, block_n = triton.next_power_of_2(M), triton.next_power_of_2(N)
-    block_x = max(1, TILE // (block_m * block_n))
-    warps = 4 if block_m * block_n <= 2 * TILE else 8
-    return {"BLOCK_X": block_x, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps}
+    return {"BLOCK_X": max(1, TILE // (block_m * block_n)), "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4}
