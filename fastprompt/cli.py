@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Union
 
 import tyro
-from tyro.conf import subcommand
+from tyro.conf import Positional, subcommand
 
 from fastprompt.errors import InputError
 from fastprompt.experiment.config import (
@@ -39,6 +39,47 @@ class Train:
 
 
 @dataclass(frozen=True)
+class ListRecipes:
+    """List the recipes of all methods, or those of one by data set."""
+
+    method: Positional[str | None] = None
+    """Method, such as gallop."""
+
+
+@dataclass(frozen=True)
+class ShowRecipe:
+    """Show everything that a recipe decides, and where its numbers stand."""
+
+    method: Positional[str]
+    """Method, such as gallop."""
+    recipe: Positional[str] = "default"
+    """Name of the recipe: default, a data set such as imagenet, or a .json file."""
+
+
+@dataclass(frozen=True)
+class CopyRecipe:
+    """Write a recipe to a .json file, to be changed and given to `fastprompt train METHOD --recipe FILE`."""
+
+    method: Positional[str]
+    """Method, such as gallop."""
+    recipe: Positional[str]
+    """Name of the recipe: default, or a data set such as imagenet."""
+    file: Positional[Path]
+    """New file, whose name ends in .json."""
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """The hyper-parameters that the methods were published with."""
+
+    action: (
+        Annotated[ListRecipes, subcommand("ls", prefix_name=False)]
+        | Annotated[ShowRecipe, subcommand("show", prefix_name=False)]
+        | Annotated[CopyRecipe, subcommand("copy", prefix_name=False)]
+    )
+
+
+@dataclass(frozen=True)
 class Doctor:
     """Show versions, devices, which kernels can run here and why others cannot, and what a backbone supports."""
 
@@ -58,6 +99,7 @@ OTHER_COMMANDS = (
     Annotated[EvaluateConfig, subcommand("evaluate")]
     | Annotated[PredictConfig, subcommand("predict")]
     | Annotated[ExplainConfig, subcommand("explain")]
+    | Annotated[Recipes, subcommand("recipes")]
     | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Demo, subcommand("demo")]
 )
@@ -85,13 +127,15 @@ def _train(arguments: Sequence[str]) -> type[Train]:
     return made
 
 
-def run(command: Train | EvaluateConfig | PredictConfig | ExplainConfig | Doctor | Demo) -> None:
+def run(command: Train | EvaluateConfig | PredictConfig | ExplainConfig | Recipes | Doctor | Demo) -> None:
     """Carry out one command and print what came of it."""
     # Imports stand here so that --help and usage errors do not wait for torch and open_clip.
     match command:
         case Train(config):
+            from fastprompt.experiment.recipes import resolved_recipe
             from fastprompt.experiment.train import train_run
 
+            print(resolved_recipe(config))
             trained = train_run(config)
             print(f"\n{trained.table.to_text()}\n\nrun folder: {trained.run.path}")
         case EvaluateConfig():
@@ -108,6 +152,8 @@ def run(command: Train | EvaluateConfig | PredictConfig | ExplainConfig | Doctor
 
             path, name = explain_image(command)
             print(f"patches selected for {name!r}: {path}")
+        case Recipes(action):
+            print(_recipes(action))
         case Doctor(backbone):
             from fastprompt.doctor import examine
 
@@ -116,6 +162,18 @@ def run(command: Train | EvaluateConfig | PredictConfig | ExplainConfig | Doctor
             from fastprompt.demo.page import run_demo
 
             print(run_demo(out))
+
+
+def _recipes(action: ListRecipes | ShowRecipe | CopyRecipe) -> str:
+    from fastprompt.experiment.recipes import copy_recipe, list_recipes, show_recipe
+
+    match action:
+        case ListRecipes(method):
+            return list_recipes(method)
+        case ShowRecipe(method, recipe):
+            return show_recipe(method, recipe)
+        case CopyRecipe(method, recipe, file):
+            return copy_recipe(method, recipe, file)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -63,6 +63,8 @@ def _options(learner: type[Learner], recipe: Recipe) -> dict[str, tuple[Any, Fie
         raise InputError(f"recipe: {learner.method} has no option {min(unknown)!r}")
     options = {}
     for name, parameter in parameters.items():
+        if name not in hints:
+            raise InputError(f"option {name!r} of {learner.method}: expected a type, got none")
         default = recipe.options.get(name, parameter.default)
         default = tuple(default) if isinstance(default, list) else default
         given = field() if default is inspect.Parameter.empty else field(default=default)

@@ -20,6 +20,20 @@ def test_loss_falls_and_predictions_are_learned(toy):
     assert all(epoch.peak_memory_bytes > 10 * 2**20 for epoch in result.epochs)
 
 
+def test_a_learner_is_prepared_before_the_first_step_and_makes_its_own_gradients(toy):
+    class Still(toy.learner):
+        def backward(self, scores, labels):
+            assert self.prepared_on == 44
+            self.weight.grad, self.bias.grad = torch.zeros_like(self.weight), torch.ones_like(self.bias)
+            return torch.tensor(7.0)
+
+    learner = Still()
+    result = toy.fit(learner, toy.source(), toy.settings(epochs=1, warmup_epochs=0, momentum=0.0, weight_decay=0.0))
+    assert result.epochs[0].loss == 7.0
+    assert not learner.weight.any()
+    assert learner.bias.tolist() == pytest.approx([-0.5 * 5] * 4)  # lr 0.5, five steps of 8 images
+
+
 def test_steps_are_sgd_with_momentum_weight_decay_and_the_schedule(toy):
     """Three epochs of one full batch against the equations of SGD, written out."""
     learner, source = toy.learner(), toy.source(n=8)

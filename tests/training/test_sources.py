@@ -62,6 +62,24 @@ def test_cached_source_keeps_the_order_asked_for(toy):
     assert len(source) == 10
 
 
+def test_plain_batches_are_all_images_in_order_without_randomness(images, toy):
+    def plain(paths, *, generator):
+        assert generator is None
+        return 10 * read(paths, generator=None)
+
+    ours = ImageSource(images.paths, images.labels, read=read, read_plain=plain, backbone=TinyTower(), at_once=4)
+    batches = list(ours.plain_batches())
+    assert [len(features) for features, _ in batches] == [4, 2]
+    assert torch.cat([features.pooled[:, 0] for features, _ in batches]).tolist() == [0, 20, 40, 60, 80, 100]
+    assert torch.cat([labels for _, labels in batches]).tolist() == [0, 1, 2, 0, 1, 2]
+    assert next(images.plain_batches())[0].pooled[2].tolist() == [4.0] * 3
+
+    cached = toy.source(n=300)
+    batches = list(cached.plain_batches())
+    assert torch.equal(torch.cat([features.pooled for features, _ in batches]), cached.features.pooled)
+    assert torch.equal(torch.cat([labels for _, labels in batches]), cached.labels)
+
+
 def test_labels_must_match(toy):
     with pytest.raises(InputError, match="as many as the 10 cached images, not 3"):
         CachedSource(toy.source(n=10).features, [0, 1, 2])

@@ -1,0 +1,81 @@
+"""Recipes in words: what there is, what one says, and what a run made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from fastprompt.evaluation import Row
+from fastprompt.experiment.config import ExperimentConfig
+from fastprompt.experiment.methods import train_config
+from fastprompt.learners import METHODS, Learner, Recipe, find_method
+from fastprompt.learners.recipe import find_recipe, write_recipe
+from fastprompt.report import Column, Table
+
+NUMBERS = tuple(field.name for field in fields(Recipe) if field.name not in ("source", "options"))
+
+
+def list_recipes(method: str | None = None) -> str:
+    """The recipes of one method, or the default one of every method with the names of the others."""
+    if method is None:
+        title = "Default recipes; `fastprompt recipes ls METHOD` shows those by data set"
+        learners = [METHODS[name] for name in sorted(METHODS)]
+        rows = [(learner.method, learner, "default", ", ".join(list(learner.recipes)[1:])) for learner in learners]
+        last = "Further recipes"
+    else:
+        learner = find_method(method)
+        title = f"Recipes of {method}; data sets that are not listed have the default"
+        rows = [(name, learner, name, _joined(recipe.options)) for name, recipe in learner.recipes.items()]
+        last = "Options that differ from the learner's"
+    columns = (*(Column(name) for name in NUMBERS), Column(last))
+    lines = [Row(label, (*_numbers(learner, learner.recipes[name]), words)) for label, learner, name, words in rows]
+    return Table(title, columns, tuple(lines), "Method" if method is None else "Recipe").to_text()
+
+
+def show_recipe(method: str, name: str) -> str:
+    """Everything that a recipe decides, the learner's own defaults included."""
+    learner = find_method(method)
+    recipe = find_recipe(learner, name)
+    made = train_config(method, name)
+    defaults = {field.name: field.default for field in fields(made) if field.name in made.own_options}
+    numbers = dict(zip(NUMBERS, _numbers(learner, recipe), strict=True)) if learner.learns else {}
+    values = {"source": recipe.source, **numbers, **{key: _word(value) for key, value in defaults.items()}}
+    width = max(map(len, values))
+    return "\n".join([f"{method}, recipe {name}", *(f"  {key:{width}}  {value}" for key, value in values.items())])
+
+
+def copy_recipe(method: str, name: str, file: Path) -> str:
+    """Write a recipe to a new .json file; returns how it is used."""
+    learner = find_method(method)
+    write_recipe(learner, find_recipe(learner, name), file)
+    return f"{file}: change it, then `fastprompt train {method} PHOTOS --recipe {file}`"
+
+
+def resolved_recipe(config: ExperimentConfig) -> str:
+    """What a run will do: its recipe, with everything that was given instead."""
+    recipe = find_recipe(find_method(config.method), config.recipe)
+    lines = [f"{config.method}, recipe {config.recipe} ({recipe.source})"]
+    if (settings := config.settings()) is not None:
+        published = "" if recipe.precision == config.precision else f" (published in {recipe.precision})"
+        lines.append(f"  {_joined(asdict(settings))}, precision {config.precision}{published}")
+    return "\n".join([*lines, f"  {_joined(config.learner_options())}"])
+
+
+def _numbers(learner: type[Learner], recipe: Recipe) -> list[str | None]:
+    """What ``NUMBERS`` names, in words; nothing where nothing is trained."""
+    return [_word(getattr(recipe, name)) if learner.learns else None for name in NUMBERS]
+
+
+def _joined(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_word(value)}" for name, value in values.items())
+
+
+def _word(value: Any) -> str:
+    """A value as it would be typed; epochs by shots as 1:50 4:100."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}:{of_key}" for key, of_key in value.items())
+    if isinstance(value, list | tuple):
+        return " ".join(map(_word, value))
+    return repr(value) if isinstance(value, str) and " " in value else str(value)
