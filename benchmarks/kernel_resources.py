@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from fastprompt_kernels import triton_sorting
 from fastprompt_kernels.patch_statistics import triton as statistics
+from fastprompt_kernels.sinkhorn import triton as sinkhorn
 from fastprompt_kernels.topk_similarity import triton as launch
 from fastprompt_kernels.topk_similarity import triton_backward, triton_forward
 from triton.backends.compiler import GPUTarget
@@ -109,10 +110,14 @@ KERNELS: dict[str, tuple[object, tuple[ModuleType, ...]]] = {
     "row_maximum_kernel": (triton_row_maximum.row_maximum_kernel, (triton_row_maximum, triton_forward)),
     "statistics_kernel": (statistics.statistics_kernel, (statistics,)),
     "statistics_grad_kernel": (statistics.statistics_grad_kernel, (statistics,)),
+    "sinkhorn_kernel": (sinkhorn.sinkhorn_kernel, (sinkhorn,)),
 }
 FEATURES = ("patches", "prompts", "result", "mine", "others")
-FLOATS = ("values", "level_grad", "partial", "maximum", "logsumexp", "entropy", "grads", "unit")
-POINTERS = dict.fromkeys(FLOATS, "*fp32") | {"selected": "*i32", "largest": "*i32", "rank": "*i64", "labels": "*i64"}
+FLOATS = (
+    "values", "level_grad", "partial", "maximum", "logsumexp", "entropy", "grads", "unit", "cost", "plan", "changes",
+)  # fmt: skip
+INTEGERS = {"selected": "*i32", "largest": "*i32", "count": "*i32", "rank": "*i64", "labels": "*i64"}
+POINTERS = dict.fromkeys(FLOATS, "*fp32") | INTEGERS
 MULTIPLES_OF_16 = (
     "D", "stride_patches_b", "stride_patches_p", "stride_prompts_n", "stride_prompts_c", "stride_mine_outer",
     "stride_mine_inner", "stride_others_outer", "stride_others_inner",
@@ -132,6 +137,7 @@ def configurations(targets: Iterable[str] = TARGETS, dtypes: Iterable[torch.dtyp
                     yield replace(usual, blocks=(*blocks, ("INDEX", 64)))
                 elif usual.keep and usual.scales == 1 and usual.k in (0, 16):
                     yield replace(usual, blocks=(*usual.blocks, ("INDEX", 64)))
+    yield from (one for target in targets for dtype in dtypes for one in _sinkhorn(target, dtype))
 
 
 def _statistics(target: str, dtype: torch.dtype) -> Iterator[Configuration]:
@@ -144,6 +150,15 @@ def _statistics(target: str, dtype: torch.dtype) -> Iterator[Configuration]:
         for of_patches in (0, 1):
             blocks = (*statistics.backward_blocks(target, dtype, index).items(), ("PATCHES", of_patches), *bits)
             yield Configuration("statistics_grad_kernel", target, dtype, 0, 0, True, 1, blocks)
+
+
+def _sinkhorn(target: str, dtype: torch.dtype) -> Iterator[Configuration]:
+    """Those of sinkhorn: many patches or few, and the largest problem; costs are differences of cosines, in float32."""
+    problems = ((196, 4), (10, 4), (1024, 4)) if dtype == torch.float32 else ()
+    for (M, N), changes, index in product(problems, (0, 1), (32, 64)):
+        bits = () if index == 32 else (("INDEX", 64),)
+        blocks = (*sinkhorn.blocks(M, N).items(), ("CHANGES", changes), ("LOWEST", sinkhorn.LOWEST), *bits)
+        yield Configuration("sinkhorn_kernel", target, dtype, M, 0, False, 1, blocks)
 
 
 def _similarity(target: str, dtype: torch.dtype) -> Iterator[Configuration]:
@@ -196,7 +211,8 @@ def compiled(configuration: Configuration) -> triton.compiler.CompiledKernel:
     def kind(name: str) -> str | tuple[str, ...]:
         if name in constants:
             return "constexpr"
-        return pointers.get(name) or {"k": ("fp32",) * configuration.scales, "scale": "fp32"}.get(name, "i32")
+        numbers = {"k": ("fp32",) * configuration.scales, "scale": "fp32", "eps": "fp32"}
+        return pointers.get(name) or numbers.get(name, "i32")
 
     aligned = {
         (index,): [["tt.divisibility", 16]]

@@ -88,9 +88,13 @@ class GalLoP(Learner):
         features = features.to(self.backbone.device)
         of_global, of_local = self._split_text()
         global_cosines = torch.einsum("bd,mcd->bmc", features.pooled, of_global)
-        local_cosines = topk_similarity(*self._in_tower_precision(self.local_features(features), of_local), self.k)
+        local_cosines = self._score_patches(self.local_features(features), of_local)
         mean = (global_cosines.mean(dim=1) + local_cosines.mean(dim=1)) / 2
         return Scores(self.backbone.logit_scale * mean, {"global": global_cosines, "local": local_cosines})
+
+    def _score_patches(self, patches: Tensor, prompts: Tensor) -> Tensor:
+        """Local scores (B, n, C) of patches (B, P, D) for prompts (n, C, D)."""
+        return topk_similarity(*self._in_tower_precision(patches, prompts), self.k)
 
     def _in_tower_precision(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Inputs of the similarity as its tensor cores take them; it accumulates and answers in float32."""

@@ -2,12 +2,16 @@
 
 from .implementations import available_implementations
 from .patch_statistics import PatchStatistics, patch_statistics
+from .sinkhorn import iterations_until, sinkhorn, sinkhorn_changes
 from .topk_similarity import selected_patches, topk_similarity
 
 __all__ = [
     "PatchStatistics",
     "available_implementations",
+    "iterations_until",
     "patch_statistics",
     "selected_patches",
+    "sinkhorn",
+    "sinkhorn_changes",
     "topk_similarity",
 ]

@@ -43,8 +43,10 @@ def has_budget(row):
 def telling(configuration):
     """Few configurations: each target, kernel and tile shape, and what comes closest to the limits."""
     name, target, dtype, patches, k, keep, scales = resources.key(configuration)[:7]
+    int64 = ("INDEX", 64) in configuration.blocks
+    if name == "sinkhorn_kernel":
+        return not int64 and patches == 196
     if name != "forward_kernel":
-        int64 = ("INDEX", 64) in configuration.blocks
         return dtype == "bf16" and not int64 and (target != "gfx942" or patches == 0)
     if target == "sm_90":
         wanted = {(64, 16, True), (256, 8, True), (256, 16, True), (256, 16, False), (0, 16, True)}

