@@ -15,6 +15,7 @@ ROOMS = [
     "errors",
     "version",
     "backbone",
+    "layers",
     "learners",
     "training",
     "evaluation",
