@@ -7,9 +7,7 @@ import torch
 from open_clip import SimpleTokenizer
 from torch import nn
 
-from fastprompt import InputError
-from fastprompt.layers import GlobalLocalLoss, SharedPrefixTextEncoder, TopKLocalHead
-from tests.layers.transcriptions import (
+from benchmarks.drop_in_peers import (
     OpenAIClip,
     coop_prompts,
     dense_local_logits,
@@ -18,6 +16,8 @@ from tests.layers.transcriptions import (
     text_encoder,
     topk_reduce,
 )
+from fastprompt import InputError
+from fastprompt.layers import GlobalLocalLoss, SharedPrefixTextEncoder, TopKLocalHead
 from tests.models import make_clip
 
 NAMES = ("cat", "red fox", "very long name of a dog", "polar bear", "a photo")
@@ -78,9 +78,10 @@ def test_contexts_that_a_network_makes_of_each_name_keep_their_gradients(model):
     ids, lengths = placeholders(2)
     of_names = torch.randn(len(NAMES), 6)
     encoder, network = SharedPrefixTextEncoder(model), torch.zeros(6, 2 * 48)  # all contexts start equal
+    base = 0.3 * torch.randn(2, 48)
 
     def prompts(learned):
-        return coop_prompts(model, (of_names @ learned).unflatten(1, (2, 48)), ids, lengths)
+        return coop_prompts(model, base + (of_names @ learned).unflatten(1, (2, 48)), ids, lengths)
 
     both(
         lambda learned: encoder(prompts(learned), ids),

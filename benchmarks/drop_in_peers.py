@@ -1,21 +1,27 @@
-"""What the layers take the place of, written down from its description, and a CLIP laid out like openai/CLIP's."""
+"""What fastprompt.layers takes the place of, written plainly, and a CLIP laid out like that of openai/CLIP."""
+
+from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 
 class QuickGELU(nn.Module):
-    def forward(self, x):
+    """CLIP's activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of any shape."""
         return x * torch.sigmoid(1.702 * x)
 
 
 class ResidualAttentionBlock(nn.Module):
     """openai/CLIP's layout: the mask belongs to the block, sequences come first, no layer scale."""
 
-    def __init__(self, width, heads, mask):
+    def __init__(self, width: int, heads: int, mask: Tensor) -> None:
         super().__init__()
         self.attn = nn.MultiheadAttention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
@@ -24,26 +30,31 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.attn_mask = mask
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
+        """(L, C, W) to the same."""
         y = self.ln_1(x)
         x = x + self.attn(y, y, y, need_weights=False, attn_mask=self.attn_mask)[0]
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    def __init__(self, width, heads, layers, mask):
+    """Blocks one after the other."""
+
+    def __init__(self, width: int, heads: int, layers: int, mask: Tensor) -> None:
         super().__init__()
         self.resblocks = nn.Sequential(*(ResidualAttentionBlock(width, heads, mask) for _ in range(layers)))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
+        """(L, C, W) to the same."""
         return self.resblocks(x)
 
 
 class OpenAIClip(nn.Module):
     """The text half of openai/CLIP's CLIP: its attributes, with random weights."""
 
-    def __init__(self, width=48, heads=4, layers=3, embed_dim=32, length=77, vocabulary=49408):
+    def __init__(self, width: int = 48, heads: int = 4, layers: int = 3, embed_dim: int = 32) -> None:
         super().__init__()
+        length, vocabulary = 77, 49408
         mask = torch.full((length, length), float("-inf")).triu(1)
         self.transformer = Transformer(width, heads, layers, mask)
         self.token_embedding = nn.Embedding(vocabulary, width)
@@ -54,12 +65,8 @@ class OpenAIClip(nn.Module):
             nn.init.normal_(block.attn.in_proj_bias, std=0.1)
             nn.init.normal_(block.attn.out_proj.bias, std=0.1)
 
-    @property
-    def dtype(self):
-        return self.text_projection.dtype
 
-
-def text_encoder(model, prompts, tokenized_prompts):
+def text_encoder(model: nn.Module, prompts: Tensor, tokenized_prompts: Tensor) -> Tensor:
     """CoOp's TextEncoder.forward for a model of either layout: every row at its full length, unnormalised (C, D)."""
     x = prompts + model.positional_embedding
     if isinstance(model, OpenAIClip):
@@ -70,7 +77,7 @@ def text_encoder(model, prompts, tokenized_prompts):
     return x[torch.arange(len(x)), tokenized_prompts.argmax(-1)] @ model.text_projection
 
 
-def gallop_text(model, contexts, tokenized_names):
+def gallop_text(model: nn.Module, contexts: Tensor, tokenized_names: Tensor) -> Tensor:
     """GalLoP's encode_text: the name's tokens moved behind each context, (C, G, D), unnormalised."""
     embedded, own = model.token_embedding(tokenized_names), contexts.shape[1]
     per_prompt = []
@@ -81,10 +88,17 @@ def gallop_text(model, contexts, tokenized_names):
     return torch.stack(per_prompt, dim=1)
 
 
-def coop_prompts(model, context, tokenized_prompts, name_lengths, position="end"):
+def coop_prompts(
+    model: nn.Module,
+    context: Tensor,
+    tokenized_prompts: Tensor,
+    name_lengths: Sequence[int] = (),
+    position: str = "end",
+) -> Tensor:
     """CoOp's PromptLearner.forward: (C, 77, W) from a context (M, W), or (C, M, W) where classes have their own.
 
-    The ids hold a placeholder for every token of the context between start of text and name.
+    The ids hold a placeholder for every token of the context between start of text and name. Position is that of the
+    name: "end", "middle" or "front"; the last two need the number of tokens of every name.
     """
     classes, own = len(tokenized_prompts), context.shape[-2]
     embedded = model.token_embedding(tokenized_prompts).detach()
@@ -101,14 +115,16 @@ def coop_prompts(model, context, tokenized_prompts, name_lengths, position="end"
     return torch.stack(rows)
 
 
-def dense_local_logits(features, local_proj, visual_proj, text):
+def dense_local_logits(
+    features: Tensor, local_proj: Callable[[Tensor], Tensor], visual_proj: Tensor, text: Tensor
+) -> Tensor:
     """GalLoP's local cosines (B, P, C, n) of features (B, P, W): both projections, the norm, the dense einsum."""
     projected = local_proj(features) @ visual_proj
     projected = projected / projected.norm(dim=-1, keepdim=True)
     return torch.einsum("bpd,knd->bpkn", projected, text)
 
 
-def topk_reduce(dense, topk):
+def topk_reduce(dense: Tensor, topk: Sequence[int]) -> Tensor:
     """GalLoP's pooling of (B, P, C, n): the k best patches, one k a prompt or one for all."""
     best = dense.topk(min(max(topk), dense.shape[1]), dim=1).values
     if len(topk) == 1:
@@ -116,7 +132,9 @@ def topk_reduce(dense, topk):
     return torch.stack([best[:, :k, :, prompt].mean(dim=1) for prompt, k in enumerate(topk)], dim=-1)
 
 
-def global_local_loss(global_logits, dense, targets, scale, topk, dropout):
+def global_local_loss(
+    global_logits: Tensor, dense: Tensor, targets: Tensor, scale: float, topk: Sequence[int], dropout: float
+) -> Tensor:
     """GalLoP's loss on global (B, C, m) and dense local logits (B, P, C, n)."""
     local = topk_reduce(dense, topk)
     local_loss = torch.stack([F.cross_entropy(scale * local[..., j], targets) for j in range(local.shape[-1])]).mean()
