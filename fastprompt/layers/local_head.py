@@ -15,7 +15,7 @@ from fastprompt.errors import InputError
 
 # Bytes of projected features that are held at a time. The backward pass makes them again, for a fraction of what the
 # similarity costs: kept for all images, they would take more memory than everything else.
-BYTES_ON_CPU, BYTES = 2**19, 2**26
+BYTES_ON_CPU, BYTES = 2**21, 2**26
 
 
 class TopKLocalHead(nn.Module):
