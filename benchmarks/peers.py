@@ -21,10 +21,14 @@ def encode_padded(model: nn.Module, context: Tensor, ids: Tensor) -> Tensor:
     context = context if context.dim() == 4 else context[:, None].expand(-1, classes, -1, -1)
     names = model.token_embedding(ids).expand(groups, -1, -1, -1)  # (G, C, L, W)
     x = torch.cat([names[:, :, :1], context, names[:, :, 1 : length - own]], dim=2).flatten(0, 1)
-    x = model.transformer(x + model.positional_embedding, attn_mask=model.attn_mask)
-    x = model.ln_final(x).unflatten(0, (groups, classes))
     end = ids.argmax(dim=-1) + own
-    return F.normalize(x[:, torch.arange(classes), end] @ model.text_projection, dim=-1)
+    return encode_embedded(model, x, end.repeat(groups)).unflatten(0, (groups, classes))
+
+
+def encode_embedded(model: nn.Module, x: Tensor, end: Tensor) -> Tensor:
+    """Text features (S, D), normalised, of S sequences of token embeddings (S, L, W) that end at end (S,)."""
+    x = model.transformer(x + model.positional_embedding, attn_mask=model.attn_mask)
+    return F.normalize(model.ln_final(x)[torch.arange(len(x)), end] @ model.text_projection, dim=-1)
 
 
 def topk_mean_dense(patches: Tensor, prompts: Tensor, k: Sequence[int]) -> Tensor:

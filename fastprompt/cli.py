@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Union
 
 import tyro
 from tyro.conf import subcommand
@@ -16,11 +17,9 @@ from tyro.conf import subcommand
 from fastprompt.errors import InputError
 from fastprompt.experiment.config import (
     EvaluateConfig,
+    ExperimentConfig,
     ExplainConfig,
     PredictConfig,
-    TrainCoOp,
-    TrainGalLoP,
-    TrainZeroShot,
 )
 
 DESCRIPTION = """Prompt learning for CLIP-like models, from a few labelled images to a tested classifier.
@@ -36,11 +35,7 @@ Without data of your own: fastprompt demo"""
 class Train:
     """Train a learner on a few labelled images, test it beside zero-shot CLIP, and write a run folder."""
 
-    config: (
-        Annotated[TrainGalLoP, subcommand("gallop", prefix_name=False)]
-        | Annotated[TrainCoOp, subcommand("coop", prefix_name=False)]
-        | Annotated[TrainZeroShot, subcommand("zero-shot", prefix_name=False)]
-    )
+    config: ExperimentConfig
 
 
 @dataclass(frozen=True)
@@ -59,14 +54,35 @@ class Demo:
     """Folder for images, runs and report.html. An unfinished demo there is resumed."""
 
 
-Command = (
-    Annotated[Train, subcommand("train")]
-    | Annotated[EvaluateConfig, subcommand("evaluate")]
+OTHER_COMMANDS = (
+    Annotated[EvaluateConfig, subcommand("evaluate")]
     | Annotated[PredictConfig, subcommand("predict")]
     | Annotated[ExplainConfig, subcommand("explain")]
     | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Demo, subcommand("demo")]
 )
+
+
+def _train(arguments: Sequence[str]) -> type[Train]:
+    """The train command with a subcommand for every method, with the options of its learner.
+
+    The defaults of the method that is asked for are those of its recipe, in its --help, too.
+    """
+    if arguments[:1] != ["train"]:
+        return Train  # its options are not asked for, and methods are known only where torch is imported
+    from fastprompt.experiment.methods import train_config
+    from fastprompt.learners import METHODS
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", default="default")
+    chosen = {"".join(arguments[1:2]): parser.parse_known_args(arguments)[0].recipe}
+    configs = tuple(
+        Annotated[train_config(method, chosen.get(method, "default")), subcommand(method, prefix_name=False)]
+        for method in sorted(METHODS)
+    )
+    made = make_dataclass("Train", [("config", Union[configs])], bases=(Train,), frozen=True)  # noqa: UP007
+    made.__doc__ = Train.__doc__
+    return made
 
 
 def run(command: Train | EvaluateConfig | PredictConfig | ExplainConfig | Doctor | Demo) -> None:
@@ -105,14 +121,15 @@ def run(command: Train | EvaluateConfig | PredictConfig | ExplainConfig | Doctor
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    command = tyro.cli(
-        Command,
-        prog="fastprompt",
-        description=DESCRIPTION,
-        args=None if arguments is None else list(arguments),
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-    )
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        command: Any = tyro.cli(
+            Union[Annotated[_train(arguments), subcommand("train")], OTHER_COMMANDS],  # noqa: UP007
+            prog="fastprompt",
+            description=DESCRIPTION,
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        )
         run(command)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output, such as head, has seen enough

@@ -115,7 +115,7 @@ class Backbone(nn.Module):
         ids = torch.tensor(self.tokenizer.encode(words), dtype=torch.long)
         return at_least_float32(self._text.embed(ids)).clone()
 
-    def encode_prompts(self, context: Tensor, class_tokens: ClassTokens) -> Tensor:
+    def encode_prompts(self, context: Tensor, class_tokens: ClassTokens, after: Tensor | None = None) -> Tensor:
         """Text features (G, C, D), L2-normalised, of every class behind every context.
 
         Gradients reach ``context`` through the frozen tower. In a causal tower the G prefixes are encoded once and
@@ -124,18 +124,28 @@ class Backbone(nn.Module):
         Args:
             context: (G, M, W) contexts shared by all classes, or (G, C, M, W) contexts of their own.
             class_tokens: from ``tokenize``.
+            after: context between name and suffix, in either shape with the same G, for prompts whose name stands in
+                the middle or in front; it is encoded once a class.
 
         Raises:
             InputError: wrong shape, or a class name that does not fit behind the context.
         """
+        self._check_context("context", context, class_tokens)
+        if after is not None:
+            self._check_context("after", after, class_tokens)
+            if after.shape[-2] and not class_tokens.name_lengths:
+                raise InputError("class_tokens: expected name_lengths, which say where the context goes, got none")
+            after = after.to(self.device)
+        return F.normalize(at_least_float32(self._text.encode(context.to(self.device), class_tokens, after)), dim=-1)
+
+    def _check_context(self, name: str, context: Tensor, class_tokens: ClassTokens) -> None:
         shape = tuple(context.shape)
         class_specific = len(shape) == 4 and shape[1] == len(class_tokens)
         if shape[-1] != self.text_width or not (len(shape) == 3 or class_specific):
             raise InputError(
-                f"context: expected shape (G, M, {self.text_width}) or (G, {len(class_tokens)}, M, {self.text_width}), "
+                f"{name}: expected shape (G, M, {self.text_width}) or (G, {len(class_tokens)}, M, {self.text_width}), "
                 f"got {shape}"
             )
-        return F.normalize(at_least_float32(self._text.encode(context.to(self.device), class_tokens)), dim=-1)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -24,11 +24,13 @@ class ClassTokens:
         class_names: the C names as given.
         ids: (T,) token ids of all classes, one after the other; each class ends with its end-of-text token.
         lengths: tokens of each class; they sum to T.
+        name_lengths: how many of these are the name alone, for prompts with a context behind the name.
     """
 
     class_names: tuple[str, ...]
     ids: Tensor
     lengths: tuple[int, ...]
+    name_lengths: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.class_names)
@@ -60,14 +62,15 @@ def tokenize_class_names(
     """
     if not class_names:
         raise InputError("class_names is empty: at least one class is needed")
-    tokens = []
+    tokens, name_lengths = [], []
     for name in class_names:
         encoded = encode(f"{name}{suffix}")
         if not name.strip() or not encoded:
             raise InputError(f"class name {name!r} has no words")
         tokens.append([*encoded, end_of_text])
+        name_lengths.append(len(encode(name)))
     flat = torch.tensor([token for name in tokens for token in name], dtype=torch.long)
-    return ClassTokens(tuple(class_names), flat, tuple(len(name) for name in tokens))
+    return ClassTokens(tuple(class_names), flat, tuple(len(name) for name in tokens), tuple(name_lengths))
 
 
 @dataclass(frozen=True)
@@ -128,3 +131,22 @@ def _first_fit(lengths: tuple[int, ...], rows: int, width: int) -> list[int] | N
         places[index] = row * width + used[row]
         used[row] += lengths[index]
     return places
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def token_order(
+    lengths: tuple[int, ...], name_lengths: tuple[int, ...], before: int, behind: int, device: torch.device
+) -> Tensor:
+    """Class by class: ``before`` tokens of its own, its name, ``behind`` tokens, the rest of its ``lengths``.
+
+    Returns:
+        Indices into the concatenation of all T class tokens, the C * ``before`` and the C * ``behind`` tokens.
+    """
+    own, order, first = sum(lengths), [], 0
+    learned = own + len(lengths) * before
+    for length, name in zip(lengths, name_lengths, strict=True):
+        order += [*range(own, own + before), *range(first, first + name)]
+        order += [*range(learned, learned + behind), *range(first + name, first + length)]
+        own, learned, first = own + before, learned + behind, first + length
+    return torch.tensor(order, device=device)

@@ -10,7 +10,7 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
 from fastprompt.backbone.blocks import close_block, split_heads
-from fastprompt.backbone.class_tokens import ClassTokens, Packing, pack
+from fastprompt.backbone.class_tokens import ClassTokens, Packing, pack, token_order
 from fastprompt.errors import InputError
 
 
@@ -57,13 +57,14 @@ class TextTower:
         """Raise ``InputError`` if a class name does not fit behind the start of text and that many context tokens."""
         class_tokens.check_fits((self.start_of_text is not None) + context_tokens, self.context_length)
 
-    def encode(self, context: Tensor, class_tokens: ClassTokens) -> Tensor:
-        """Text features (G, C, D), not normalised, of contexts (G, M, W) or (G, C, M, W)."""
-        context = context.to(self.token_embedding.weight.dtype)
-        self.check_fits(context.shape[-2], class_tokens)
+    def encode(self, context: Tensor, class_tokens: ClassTokens, after: Tensor | None = None) -> Tensor:
+        """Text features (G, C, D), not normalised, of contexts (G, M, W) or (G, C, M, W); ``after`` is behind names."""
+        after = context[..., :0, :] if after is None else after
+        context, after = (tokens.to(self.token_embedding.weight.dtype) for tokens in (context, after))
+        self.check_fits(context.shape[-2] + after.shape[-2], class_tokens)
         if not self.shares_prefix:
-            return self._project(self._encode_full_length(context, class_tokens))
-        return self._project(self._encode_shared_prefix(context, class_tokens))
+            return self._project(self._encode_full_length(context, class_tokens, after))
+        return self._project(self._encode_shared_prefix(context, class_tokens, after))
 
     def _project(self, x: Tensor) -> Tensor:
         x = self.final_norm(x)
@@ -73,41 +74,56 @@ class TextTower:
 
     # ------------------------------------------------------------------ causal towers
 
-    def _encode_shared_prefix(self, context: Tensor, class_tokens: ClassTokens) -> Tensor:
+    def _encode_shared_prefix(self, context: Tensor, class_tokens: ClassTokens, after: Tensor) -> Tensor:
         """End-of-text states (G, C, W)."""
-        prefix, names, packing = self._layout(context, class_tokens)
+        prefix, names, packing = self._layout(context, class_tokens, after)
         return end_of_text_states(self.blocks, prefix, names, packing)
 
-    def _layout(self, context: Tensor, class_tokens: ClassTokens) -> tuple[Tensor, Tensor, Packing]:
+    def _layout(self, context: Tensor, class_tokens: ClassTokens, after: Tensor) -> tuple[Tensor, Tensor, Packing]:
         """The shared prefix (G, S, W), what follows it in packed slots (G, rows * width, W), and the packing."""
-        groups, own = context.shape[0], context.shape[-2] if context.dim() == 4 else 0
-        device = context.device
+        groups, device = context.shape[0], context.device
+        own = context if context.dim() == 4 else context[:, :0]
+        learned = own.shape[-2] + after.shape[-2]  # tokens that each class brings beside its name
         start = self.embed(torch.tensor([self.start_of_text])).expand(groups, 1, self.width)
-        prefix = start if own else torch.cat([start, context], dim=1)
+        prefix = start if own is context else torch.cat([start, context], dim=1)
         prefix = prefix + self.positional_embedding[: prefix.shape[1]].to(context.dtype)
 
-        packing = pack(tuple(own + length for length in class_tokens.lengths), device)
-        names = self.embed(class_tokens.ids)  # (T, W)
-        follow = _behind_own_context(context, names, class_tokens.lengths) if own else names.expand(groups, -1, -1)
+        packing = pack(tuple(learned + length for length in class_tokens.lengths), device)
+        tokens, order = self._bring(own, class_tokens, after)
         positions = self.positional_embedding[prefix.shape[1] + packing.position].to(context.dtype)
-        return prefix, follow.index_select(1, packing.token) + positions, packing
+        return prefix, tokens.index_select(1, order[packing.token]) + positions, packing
+
+    def _bring(self, own: Tensor, class_tokens: ClassTokens, after: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens behind the shared prefix (G, N, W), and the order in which the classes bring them.
+
+        Args:
+            own: (G, C, M, W) contexts in front of the names, or (G, 0, W).
+            class_tokens: the classes.
+            after: (G, C, A, W), or (G, A, W) for all classes; between name and suffix.
+        """
+        names = self.embed(class_tokens.ids).expand(len(after), -1, -1)
+        before, behind, classes = own.shape[-2], after.shape[-2], len(class_tokens)
+        name_lengths = class_tokens.name_lengths or class_tokens.lengths
+        order = token_order(class_tokens.lengths, name_lengths, before, behind, names.device)
+        if not before + behind:
+            return names, order
+        each = [x if x.dim() == 4 else x[:, None].expand(-1, classes, -1, -1) for x in (own, after)]
+        return torch.cat([names, *(x.flatten(1, 2) for x in each)], dim=1), order
 
     # ------------------------------------------------------------------ other towers
 
-    def _encode_full_length(self, context: Tensor, class_tokens: ClassTokens) -> Tensor:
+    def _encode_full_length(self, context: Tensor, class_tokens: ClassTokens, after: Tensor) -> Tensor:
         """Pooled states (G, C, W) of G * C padded sequences."""
-        tokens = class_tokens.ids.split(class_tokens.lengths)
-        start = [] if self.start_of_text is None else [self.start_of_text]
-        length, own = self.context_length, context.shape[-2]
-        ids = torch.full((len(tokens), length - own), self.padding)
-        for row, name in zip(ids, tokens, strict=True):
-            row[: len(start)] = torch.tensor(start, dtype=torch.long)
-            row[len(start) : len(start) + len(name)] = name
-        embedded = self.embed(ids)  # (C, L - M, W)
-        groups, classes = context.shape[0], len(tokens)
+        groups, classes = context.shape[0], len(class_tokens)
+        special = [] if self.start_of_text is None else [self.start_of_text]
+        start = self.embed(torch.tensor(special, dtype=torch.long)).expand(groups, -1, -1)
+        padding = self.embed(torch.tensor([self.padding])).expand(groups, self.context_length, -1)
         context = context if context.dim() == 4 else context[:, None].expand(-1, classes, -1, -1)
-        embedded = embedded.expand(groups, *embedded.shape)
-        x = torch.cat([embedded[:, :, : len(start)], context, embedded[:, :, len(start) :]], dim=2).flatten(0, 1)
+        learned = context.shape[-2] + after.shape[-2]
+        tokens, order = self._bring(context, class_tokens, after)
+        names = tokens.index_select(1, order).split([learned + length for length in class_tokens.lengths], dim=1)
+        rows = [torch.cat([start, name, padding], dim=1)[:, : self.context_length] for name in names]
+        x = torch.stack(rows, dim=1).flatten(0, 1)
         x = x + self.positional_embedding.to(x.dtype)
         mask = None if self.attn_mask is None else self.attn_mask.to(x.dtype)
         for block in self.blocks:
@@ -116,7 +132,7 @@ class TextTower:
             x = close_block(block, x, attended.transpose(1, 2).flatten(2))
         x = x.unflatten(0, (groups, classes))
         if self.pool_type in ("argmax", "eos"):
-            end = len(start) + own + torch.tensor(class_tokens.lengths, device=x.device) - 1
+            end = start.shape[1] + learned - 1 + torch.tensor(class_tokens.lengths, device=x.device)
             return x[:, torch.arange(classes, device=x.device), end]
         return x[:, :, 0 if self.pool_type == "first" else -1]
 
@@ -143,16 +159,6 @@ def end_of_text_states(
     ends = shared + packing.last
     attended = _prefix_attention(last, last.ln_1(x), shared, packing, visible)
     return close_block(last, x.index_select(1, ends), attended.index_select(1, ends))
-
-
-def _behind_own_context(context: Tensor, names: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """Each class's own context (G, C, M, W) in front of its name: (G, C * M + T, W), class after class."""
-    pieces = [
-        piece
-        for index, name in enumerate(names.split(lengths))
-        for piece in (context[:, index], name.expand(len(context), -1, -1))
-    ]
-    return torch.cat(pieces, dim=1)
 
 
 def _prefix_attention(

@@ -10,7 +10,8 @@ from fastprompt.backbone import Backbone, load_backbone
 from fastprompt.data import Dataset, LabelledImages, find_images, load_dataset, select_classes
 from fastprompt.demo.scenes import DOMAINS, write_dataset
 from fastprompt.evaluation import base_to_new, evaluate_accuracy, ood_detection
-from fastprompt.experiment.config import FeatureConfig, TrainConfig, TrainCoOp, TrainGalLoP
+from fastprompt.experiment.config import FeatureConfig
+from fastprompt.experiment.methods import train_config
 from fastprompt.experiment.sources import feature_source, split_of, unlabelled
 from fastprompt.experiment.train import train_run
 from fastprompt.experiment.use import load_run
@@ -23,7 +24,7 @@ SHOTS = 16
 # As published, but for the epochs, of which a small model needs fewer, and GalLoP's k, scaled from 196 patches to 64.
 EPOCHS = 12
 GALLOP_K = (2, 3, 5, 7)
-RECIPES: tuple[tuple[type[TrainConfig], dict], ...] = ((TrainCoOp, {}), (TrainGalLoP, {"k": GALLOP_K}))
+TRAINED: dict[str, dict] = {"coop": {}, "gallop": {"k": GALLOP_K}}
 UNTRAINED = {"gallop": "gallop, untrained"}  # name of the row: its start, which adds patches to zero-shot CLIP
 
 
@@ -79,9 +80,9 @@ def run_experiment(out: Path) -> DemoResult:
     names = materials.dataset.test.class_names
     untrained = ZeroShot(materials.backbone, names), GalLoP(materials.backbone, names, k=GALLOP_K)
     trials = {UNTRAINED.get(learner.method, learner.method): [_untrained(learner, materials)] for learner in untrained}
-    for recipe, options in RECIPES:
-        trials[recipe.method] = [
-            _trained(recipe, {**options, "epochs": EPOCHS, "seed": seed, "shots": SHOTS}, materials, out)
+    for method, options in TRAINED.items():
+        trials[method] = [
+            _trained(method, {**options, "epochs": EPOCHS, "seed": seed, "shots": SHOTS}, materials, out)
             for seed in SEEDS
         ]
     return DemoResult(materials, trials, time.perf_counter() - started)
@@ -115,16 +116,16 @@ def _untrained(learner: Learner, materials: Materials) -> Trial:
     return Trial(None, _measure(learner, learner.with_class_names(base.class_names), materials))
 
 
-def _trained(recipe: type[TrainConfig], options: dict, materials: Materials, out: Path) -> Trial:
+def _trained(method: str, options: dict, materials: Materials, out: Path) -> Trial:
     """Train on all classes and on the base classes with one seed, and test."""
     runs, learners = {}, {}
     for classes in ("all", "base"):
-        config = recipe(
+        config = train_config(method)(
             data=out / "data",
             backbone="demo",
             cache_dir=out / "cache",
             classes=classes,
-            out=out / "runs" / f"{recipe.method}-{classes}-seed{options['seed']}",
+            out=out / "runs" / f"{method}-{classes}-seed{options['seed']}",
             **options,
         )
         runs[classes] = train_run(config, backbone=materials.backbone).run

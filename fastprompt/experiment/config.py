@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from tyro.conf import Positional
 
+from fastprompt.errors import InputError
+
 if TYPE_CHECKING:
     from fastprompt.training import TrainingSettings
 
@@ -57,15 +59,24 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig(DataConfig, BackboneConfig, FeatureConfig):
-    """What every method is asked for."""
+    """What every method is asked for. ``methods.train_config`` adds the options of one."""
 
     method: ClassVar[str]
     own_options: ClassVar[tuple[str, ...]]
+    made_for: ClassVar[str]
+
+    recipe: str = "default"
+    """Published settings to start from: default, few-shot, a data set such as imagenet, or a .json file that
+    `fastprompt recipes copy` wrote. `fastprompt recipes ls` lists them."""
 
     classes: Literal["all", "base"] = "all"
     """base: know only the first half of the classes, and test on both halves (base-to-new)."""
     out: Path | None = None
     """Run folder. Default: runs/DATASET/METHOD/BACKBONE/... An unfinished run there is resumed."""
+
+    def __post_init__(self) -> None:
+        if self.recipe != self.made_for:
+            raise InputError(f"recipe: this configuration was made for {self.made_for!r}, got {self.recipe!r}")
 
     @property
     def run_name(self) -> str:
@@ -95,6 +106,8 @@ class ExperimentConfig(DataConfig, BackboneConfig, FeatureConfig):
         chosen = {name: value for name, value in asdict(self).items() if name not in elsewhere}
         chosen |= {name: path.expanduser().resolve() for name, path in chosen.items() if isinstance(path, Path)}
         chosen["backbone"], chosen["pretrained"] = self.backbone_and_weights()
+        if self.recipe.endswith(".json"):
+            chosen["recipe"] = Path(self.recipe).expanduser().resolve()
         settings = self.settings()
         return {"method": self.method, **chosen, **({} if settings is None else asdict(settings))}
 
@@ -112,15 +125,15 @@ class TrainConfig(ExperimentConfig):
     augment: bool = False
     """Random crops and flips, as published; every image is then encoded anew in every epoch, without the cache."""
     epochs: int | None = None
-    """Passes over the training images. Default: as published for the method and the number of shots."""
+    """Passes over the training images. Default: as in the recipe, for the number of shots."""
     batch_size: int | None = None
-    """Images per step. Default: as published."""
+    """Images per step. Default: as in the recipe."""
     lr: float | None = None
-    """Learning rate of SGD. Default: as published."""
+    """Learning rate of SGD. Default: as in the recipe."""
     weight_decay: float | None = None
-    """Weight decay of SGD. Default: as published."""
+    """Weight decay of SGD. Default: as in the recipe."""
     zero_shot_template: str = "a photo of a {}."
-    """Sentence of the zero-shot row that the result is compared with."""
+    """Sentence of the zero-shot row that the result is compared with. Default: the one of the recipe's data set."""
 
     @property
     def run_name(self) -> str:
@@ -129,53 +142,17 @@ class TrainConfig(ExperimentConfig):
         return f"{shots}-seed{self.seed}" + ("" if self.classes == "all" else f"-{self.classes}")
 
     def settings(self) -> TrainingSettings:
-        """The published training settings, with what was given instead."""
-        from fastprompt.training import published_settings  # brings torch
+        """The settings of the recipe, with what was given instead."""
+        from fastprompt.learners import find_method  # brings torch
+        from fastprompt.learners.recipe import find_recipe
+        from fastprompt.training import published_settings
 
         given = {name: getattr(self, name) for name in ("epochs", "batch_size", "lr", "weight_decay")}
         given = {name: value for name, value in given.items() if value is not None}
         if given.get("epochs") == 1:
             given["warmup_epochs"] = 0  # a single epoch of warm-up would train nothing
-        return replace(published_settings(self.method, self.shots or None), seed=self.seed, **given)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainGalLoP(TrainConfig):
-    """GalLoP: global prompts for the image, local prompts for its best patches at several scales (2407.01400)."""
-
-    method: ClassVar[str] = "gallop"
-    own_options: ClassVar[tuple[str, ...]] = ("global_prompts", "k", "dropout", "context")
-
-    global_prompts: int = 4
-    """Prompts that are compared with the whole image."""
-    k: tuple[int, ...] = (5, 10, 15, 20)
-    """Patches that each local prompt keeps: as many local prompts as numbers."""
-    dropout: float = 0.75
-    """Share of the global prompts left out per image while training."""
-    context: int | str = "a photo of a"
-    """Words that the contexts start from, or a number of random tokens."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainCoOp(TrainConfig):
-    """CoOp: one learned context for all classes (2109.01134)."""
-
-    method: ClassVar[str] = "coop"
-    own_options: ClassVar[tuple[str, ...]] = ("context",)
-
-    context: int | str = "a photo of a"
-    """Words that the context starts from, or a number of random tokens (16 in the paper's few-shot runs)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainZeroShot(ExperimentConfig):
-    """Zero-shot CLIP: nothing is learned; tests the template and writes a run folder like the others (2103.00020)."""
-
-    method: ClassVar[str] = "zero-shot"
-    own_options: ClassVar[tuple[str, ...]] = ("template",)
-
-    template: str = "a photo of a {}."
-    """Sentence with one {} for the class name."""
+        recipe = find_recipe(find_method(self.method), self.recipe)
+        return replace(published_settings(recipe, self.shots or None), seed=self.seed, **given)
 
 
 @dataclass(frozen=True, kw_only=True)

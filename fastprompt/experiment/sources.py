@@ -52,8 +52,10 @@ def feature_source(
     """
     transform = image_transform(backbone, augment=augment)
     if augment or not config.cache:
-        read = partial(read_batch, transform=transform)
-        return ImageSource(images.paths, images.labels, read=read, backbone=backbone, at_once=config.image_batch)
+        read, plain = (partial(read_batch, transform=image_transform(backbone, augment=a)) for a in (augment, False))
+        return ImageSource(
+            images.paths, images.labels, read=read, read_plain=plain, backbone=backbone, at_once=config.image_batch
+        )
 
     @no_grad()
     def encode(batch: Tensor) -> dict[str, Tensor]:

@@ -1,24 +1,32 @@
-"""Prompt learners, one file a method."""
+"""Prompt learners, one file a method. Every module of this folder is imported, so that a new file is a new method."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
+from pkgutil import iter_modules
 
 from fastprompt.backbone import Backbone
 from fastprompt.errors import InputError
-from fastprompt.learners.base import OOD_KINDS, Learner, Scores
-from fastprompt.learners.coop import CoOp
-from fastprompt.learners.gallop import GalLoP
-from fastprompt.learners.zero_shot import ZeroShot
+from fastprompt.learners.base import METHODS, OOD_KINDS, Learner, Scores
+from fastprompt.learners.recipe import Recipe
 
-METHODS: dict[str, type[Learner]] = {learner.method: learner for learner in (ZeroShot, CoOp, GalLoP)}
+for _module in sorted(module.name for module in iter_modules(__path__)):
+    import_module(f"{__name__}.{_module}")
+_classes = {learner.__name__: learner for learner in METHODS.values()}
+globals().update(_classes)  # fastprompt.learners.CoOp, and so on
+
+
+def find_method(method: str) -> type[Learner]:
+    """The class of a method by its name, as on the command line."""
+    if method not in METHODS:
+        raise InputError(f"method: expected one of {', '.join(sorted(METHODS))}, got {method!r}")
+    return METHODS[method]
 
 
 def make_learner(method: str, backbone: Backbone, class_names: Sequence[str], **options: object) -> Learner:
     """The learner of a method by its name, as in a run folder; ``options`` as in its class."""
-    if method not in METHODS:
-        raise InputError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    return METHODS[method](backbone, class_names, **options)
+    return find_method(method)(backbone, class_names, **options)
 
 
-__all__ = ["METHODS", "OOD_KINDS", "CoOp", "GalLoP", "Learner", "Scores", "ZeroShot", "make_learner"]
+__all__ = ["METHODS", "OOD_KINDS", "Learner", "Recipe", "Scores", "find_method", "make_learner", *_classes]

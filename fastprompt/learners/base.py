@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,13 @@ from torch import Tensor, nn
 from fastprompt.backbone import Backbone, ClassTokens, ImageFeatures
 from fastprompt.backbone.backbone import at_least_float32
 from fastprompt.errors import InputError
+from fastprompt.learners.recipe import Recipe
+from fastprompt.learners.templates import encode_templates
+
+if TYPE_CHECKING:
+    from fastprompt.training import FeatureSource
+
+METHODS: dict[str, type[Learner]] = {}  # every method by its name, entered when its class is made
 
 OOD_KINDS = ("mcm", "l-mcm", "gl-mcm")
 
@@ -34,21 +42,41 @@ class Scores:
 
 
 class Learner(nn.Module, ABC):
-    """A classifier on a frozen backbone. A subclass gives its learned tensors, ``text_features`` and ``forward``.
+    """A classifier on a frozen backbone. A subclass gives its learned tensors, ``encode_text`` and ``forward``.
 
-    ``state_dict()`` holds the learned tensors and nothing else: the backbone is not a submodule.
+    ``state_dict()`` holds the learned tensors and nothing else: the backbone is not a submodule. A subclass that names
+    its ``method`` is entered into ``METHODS``; its keyword arguments and their descriptions become the options of
+    ``fastprompt train``. ``docs/add_a_method.md`` shows a whole one.
 
     Attributes:
         method: name of the method, as on the command line.
+        learns: whether there is anything to train.
+        recipes: how the method was published: "default", and by data set where that differs.
         backbone: the frozen model.
         class_names: the C classes.
         options: the arguments beside backbone and class names from which the learner was made.
+        class_specific: whether learned tensors belong to single classes, so that other classes cannot be named.
     """
 
     method: ClassVar[str]
+    learns: ClassVar[bool] = True
+    recipes: ClassVar[Mapping[str, Recipe]]
+    class_specific: bool = False
     backbone: Backbone
     class_names: tuple[str, ...]
     class_tokens: ClassTokens
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if "method" not in cls.__dict__:
+            return
+        known = METHODS.get(cls.method, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):  # a notebook may repeat a cell
+            taken = f"{known.__module__}.{known.__qualname__}"
+            raise InputError(f"method {cls.method!r} of {cls.__qualname__} is the name of another method, {taken}")
+        if "default" not in getattr(cls, "recipes", {}):
+            raise InputError(f"recipes of {cls.__qualname__}: expected a recipe named 'default', got none")
+        METHODS[cls.method] = cls
 
     def __init__(
         self, backbone: Backbone, class_names: Sequence[str], *, context_tokens: int, suffix: str, options: dict
@@ -64,6 +92,7 @@ class Learner(nn.Module, ABC):
         self.backbone.check_fits(self._context_tokens, self.class_tokens)
         self.class_names = self.class_tokens.class_names
         self._text_memo: tuple[tuple, Tensor] | None = None
+        self._hand_memo: tuple[tuple, Tensor] | None = None
 
     @abstractmethod
     def encode_text(self) -> Tensor:
@@ -76,6 +105,19 @@ class Learner(nn.Module, ABC):
     def loss(self, scores: Scores, labels: Tensor) -> Tensor:
         """Cross-entropy of the logits with labels (B,), a scalar."""
         return F.cross_entropy(scores.logits, labels.to(scores.logits.device))
+
+    def prepare(self, source: FeatureSource) -> None:
+        """Called once before training, and again when a run is resumed; nothing by default.
+
+        Args:
+            source: the training images; ``source.plain_batches()`` yields them all without augmentation.
+        """
+
+    def backward(self, scores: Scores, labels: Tensor) -> Tensor:
+        """Leave the gradients of one step on the learned tensors, and return the detached loss, a scalar."""
+        loss = self.loss(scores, labels)
+        loss.backward()
+        return loss.detach()
 
     def text_features(self) -> Tensor:
         """``encode_text``, done once for as long as no gradient is asked for and no learned tensor changes."""
@@ -92,8 +134,22 @@ class Learner(nn.Module, ABC):
         """Patch features (B, P, D) in the joint space, L2-normalised."""
         return F.normalize(at_least_float32(self.backbone.project_patches(features.patches)), dim=-1)
 
-    def mean_text(self) -> tuple[Tensor, Tensor]:
-        """Text features (C, D) averaged over prompts, for the pooled feature and for the patches."""
+    def hand_crafted(self, *templates: str) -> Tensor:
+        """Frozen text features (C, D) of sentences such as "a photo of a {}.", encoded once for these classes."""
+        key = (self.backbone.device, self.backbone.dtype, templates)
+        if self._hand_memo is None or self._hand_memo[0] != key:
+            self._hand_memo = key, encode_templates(self.backbone, self.class_names, templates)
+        return self._hand_memo[1]
+
+    def mean_text(self, features: ImageFeatures) -> tuple[Tensor, Tensor]:
+        """Text features averaged over prompts, for the pooled feature and for the patches.
+
+        Args:
+            features: of B images.
+
+        Returns:
+            Each (C, D), or (B, C, D) where the text depends on the image.
+        """
         mean = self.text_features().mean(dim=0)
         return mean, mean
 
@@ -113,29 +169,46 @@ class Learner(nn.Module, ABC):
         if kind not in OOD_KINDS:
             raise InputError(f"kind: expected one of {', '.join(OOD_KINDS)}, got {kind!r}")
         features = features.to(self.backbone.device)
-        of_pooled, of_patches = self.mean_text()
+        of_pooled, of_patches = self.mean_text(features)
         score = torch.zeros(len(features), device=self.backbone.device)
         if kind != "l-mcm":
-            score = score - _largest_probability(features.pooled @ of_pooled.T)
+            cosines = (features.pooled[:, None] @ of_pooled.mT).squeeze(1)  # (B, C)
+            score = score - (cosines.amax(dim=-1) - cosines.logsumexp(dim=-1)).exp()
         if kind != "mcm":
-            patches = self.local_features(features)
-            statistics = patch_statistics(patches, of_patches)
-            score = score - (statistics.maximum - statistics.logsumexp).amax(dim=1).exp()
+            score = score - _largest_patch_probability(self.local_features(features), of_patches)
         return score
 
     def with_class_names(self, class_names: Sequence[str]) -> Learner:
-        """The same learned tensors, shared and not copied, for other classes."""
+        """The same learned tensors, shared and not copied, for other classes.
+
+        Raises:
+            InputError: a name does not fit behind the context, or the learned tensors belong to the present classes.
+        """
+        if self.class_specific and tuple(class_names) != self.class_names:
+            raise InputError(
+                f"class_names: {self.method} learned a context for each of its {len(self.class_names)} classes, so "
+                f"expected {', '.join(self.class_names[:3])}, ..., got {', '.join(class_names[:3])}, ..."
+            )
         other = copy.copy(self)
         other._set_classes(class_names)
         return other
 
 
-def _largest_probability(cosines: Tensor) -> Tensor:
-    """Largest softmax probability over the last axis, from its maximum and log-sum-exp."""
-    return (cosines.amax(dim=-1) - cosines.logsumexp(dim=-1)).exp()
+def _largest_patch_probability(patches: Tensor, text: Tensor) -> Tensor:
+    """Largest softmax probability (B,) over patches (B, P, D) and classes, text (C, D) or (B, C, D)."""
+    if text.dim() == 3:
+        return torch.cat([_largest_patch_probability(*image) for image in zip(patches.split(1), text, strict=True)])
+    statistics = patch_statistics(patches, text)
+    return (statistics.maximum - statistics.logsumexp).amax(dim=1).exp()
 
 
-def initial_context(backbone: Backbone, context: str | int) -> Tensor:
+def check_weight(name: str, weight: float) -> None:
+    """Raise ``InputError`` unless the weight of a term is a finite number of at least 0."""
+    if not 0 <= weight < math.inf:
+        raise InputError(f"{name}: expected a finite number of at least 0, got {weight}")
+
+
+def initial_context(backbone: Backbone, context: int | str) -> Tensor:
     """The start of a learned context, (M, W) in float32.
 
     Args:

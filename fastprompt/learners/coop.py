@@ -1,37 +1,71 @@
-"""CoOp: one learned context for all classes."""
+"""CoOp: a learned context in place of the words around a class name."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from fastprompt.backbone import Backbone, ImageFeatures
+from fastprompt.errors import InputError
 from fastprompt.learners.base import Learner, Scores, initial_context
+from fastprompt.learners.recipe import Recipe
+
+EPOCHS = {1: 50, 2: 100, 4: 100, 8: 200, 16: 200}
+POSITIONS = ("end", "middle", "front")
 
 
 class CoOp(Learner):
-    """CoOp (arXiv 2109.01134) with a context shared by all classes and the class name at the end.
+    """CoOp: one learned context for all classes, or one for each (arXiv 2109.01134).
+
+    The prompt of class c is "<context> <name c>.", and its logit the scaled cosine s * <z, t_c> of pooled image feature
+    and text feature. This follows the published code.
 
     Args:
         backbone: the frozen model.
-        class_names: C names; the prompt is "<context> <name>.".
-        context: words to start from, or a number of tokens with random start (16 in the paper's few-shot runs).
+        class_names: C names.
+        context: words to start from, or a number of tokens M with random start (16 in the paper's few-shot runs).
+        position: where the class name stands: behind the context (end), after its first half (middle), or before it
+            (front).
+        class_specific: learn a context for each class. Such a run knows no other classes.
     """
 
     method: ClassVar[str] = "coop"
+    recipes: ClassVar[Mapping[str, Recipe]] = {
+        "default": Recipe(source="CoOp's code, vit_b16_ctxv1 (base-to-new)", epochs=EPOCHS),
+        "imagenet": Recipe(source="CoOp's code, vit_b16_ctxv1 (base-to-new)", epochs=50),
+        "few-shot": Recipe(source="CoOp's code, COOP.md", epochs=EPOCHS, options={"context": 16}),
+    }
 
-    def __init__(self, backbone: Backbone, class_names: Sequence[str], *, context: str | int = "a photo of a") -> None:
-        start = initial_context(backbone, context)
-        super().__init__(backbone, class_names, context_tokens=len(start), suffix=".", options={"context": context})
-        self.context = nn.Parameter(start)  # (M, W)
+    def __init__(
+        self,
+        backbone: Backbone,
+        class_names: Sequence[str],
+        *,
+        context: int | str = "a photo of a",
+        position: Literal["end", "middle", "front"] = "end",
+        class_specific: bool = False,
+    ) -> None:
+        if position not in POSITIONS:
+            raise InputError(f"position: expected one of {', '.join(POSITIONS)}, got {position!r}")
+        contexts = len(class_names) if class_specific else 1
+        starts = torch.stack([initial_context(backbone, context) for _ in range(max(contexts, 1))])
+        options = {"context": context, "position": position, "class_specific": class_specific}
+        super().__init__(backbone, class_names, context_tokens=starts.shape[1], suffix=".", options=options)
+        self.position, self.class_specific = position, class_specific
+        self.context = nn.Parameter(starts if class_specific else starts[0])  # (C, M, W) or (M, W)
 
     def encode_text(self) -> Tensor:
         """See ``Learner``; G = 1."""
-        return self.backbone.encode_prompts(self.context[None], self.class_tokens)
+        tokens = self.context.shape[-2]
+        before = {"end": tokens, "middle": tokens // 2, "front": 0}[self.position]
+        in_front, behind = self.context[None].tensor_split([before], dim=-2)
+        return self.backbone.encode_prompts(in_front, self.class_tokens, behind)
 
     def forward(self, features: ImageFeatures) -> Scores:
-        """Scores of B images: scaled cosines of the pooled feature."""
+        """Scores of B images: scaled cosines of the pooled feature; part "text" (C, D)."""
+        text = self.text_features()[0]
         features = features.to(self.backbone.device)
-        return Scores(self.backbone.logit_scale * features.pooled @ self.text_features()[0].T)
+        return Scores(self.backbone.logit_scale * features.pooled @ text.T, {"text": text})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -14,19 +14,22 @@ from fastprompt.backbone import Backbone, ImageFeatures
 from fastprompt.backbone.backbone import at_least_float32
 from fastprompt.errors import InputError
 from fastprompt.learners.base import Learner, Scores, initial_context
+from fastprompt.learners.recipe import Recipe
+
+CODE = "GalLoP's code, scripts/run_*.sh: ViT-B/16, 16 shots; other numbers of shots are not published"
 
 
 class GalLoP(Learner):
-    """GalLoP (arXiv 2407.01400), following its published code.
+    """GalLoP: global prompts for the image, local prompts for its best patches at several scales (arXiv 2407.01400).
 
     m global prompts are compared with the pooled feature. n local prompts are compared with all patches, after a
     learned projection that starts as the identity; prompt j keeps the mean of the k_j best patches of each class.
-    The prediction averages both.
+    The prediction averages both. This follows the published code.
 
     Args:
         backbone: the frozen model.
         class_names: C names; the prompt is "<context> <name>", without a full stop.
-        global_prompts: m.
+        global_prompts: m, prompts that are compared with the whole image.
         k: patches kept by each local prompt, one number a prompt, so n = len(k); more than P means all patches.
         dropout: share of the global prompts left out per image in the loss. Even at 0 the prompts are drawn with
             replacement, as in the published code.
@@ -34,6 +37,12 @@ class GalLoP(Learner):
     """
 
     method: ClassVar[str] = "gallop"
+    recipes: ClassVar[Mapping[str, Recipe]] = {
+        "default": Recipe(source=CODE, epochs=200, weight_decay=1e-2, warmup_epochs=0),
+        "imagenet": Recipe(source=CODE, epochs=50, batch_size=128, weight_decay=1e-2, warmup_epochs=0),
+        "sun397": Recipe(source=CODE, epochs=200, batch_size=128, weight_decay=1e-2, warmup_epochs=0),
+        "eurosat": Recipe(source=CODE, epochs=200, batch_size=10, weight_decay=1e-2, warmup_epochs=0),
+    }
 
     def __init__(
         self,
@@ -43,7 +52,7 @@ class GalLoP(Learner):
         global_prompts: int = 4,
         k: Sequence[int] = (5, 10, 15, 20),
         dropout: float = 0.75,
-        context: str | int = "a photo of a",
+        context: int | str = "a photo of a",
     ) -> None:
         _check(global_prompts, k, dropout)
         options = {"global_prompts": global_prompts, "k": list(k), "dropout": dropout, "context": context}
@@ -69,7 +78,7 @@ class GalLoP(Learner):
         learned = F.linear(patches, self.local_projection.to(patches.dtype))
         return F.normalize(at_least_float32(self.backbone.project_patches(learned)), dim=-1)
 
-    def mean_text(self) -> tuple[Tensor, Tensor]:
+    def mean_text(self, features: ImageFeatures) -> tuple[Tensor, Tensor]:
         """See ``Learner``: global prompts score the pooled feature, local prompts the patches."""
         of_global, of_local = self._split_text()
         return of_global.mean(dim=0), of_local.mean(dim=0)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor
 
 from fastprompt.backbone import Backbone, ImageFeatures
-from fastprompt.errors import InputError
 from fastprompt.learners.base import Learner, Scores
+from fastprompt.learners.recipe import Recipe
+from fastprompt.learners.templates import DEFAULT_TEMPLATE, TEMPLATES, split_template
+
+CODE = "CoOp's code, trainers/zsclip.py"
 
 
 class ZeroShot(Learner):
-    """Zero-shot CLIP (arXiv 2103.00020) with one template.
+    """Zero-shot CLIP: a sentence for each class, nothing learned (arXiv 2103.00020).
 
     Args:
         backbone: the frozen model.
@@ -22,11 +25,14 @@ class ZeroShot(Learner):
     """
 
     method: ClassVar[str] = "zero-shot"
+    learns: ClassVar[bool] = False
+    recipes: ClassVar[Mapping[str, Recipe]] = {
+        "default": Recipe(source=CODE),
+        **{dataset: Recipe(source=CODE, options={"template": text}) for dataset, text in TEMPLATES.items()},
+    }
 
-    def __init__(self, backbone: Backbone, class_names: Sequence[str], *, template: str = "a photo of a {}.") -> None:
-        if template.count("{}") != 1:
-            raise InputError(f"template: expected a sentence with one {{}} for the class name, got {template!r}")
-        before, after = template.split("{}")
+    def __init__(self, backbone: Backbone, class_names: Sequence[str], *, template: str = DEFAULT_TEMPLATE) -> None:
+        before, after = split_template(template)
         words = backbone.embed_words(before)[None]  # (1, M, W)
         super().__init__(
             backbone, class_names, context_tokens=words.shape[1], suffix=after, options={"template": template}

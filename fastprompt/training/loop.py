@@ -67,6 +67,7 @@ def fit(
         return TrainingResult(tuple(epoch_metrics(run)))
     training = _Training(learner, source, settings, run, device)
     training.resume()
+    learner.prepare(source)
     learner.train()
     reset_peak_memory(device)
     with _own_random_numbers(device), InterruptFlag() as interrupt, training.bar(progress) as bar:
@@ -129,11 +130,9 @@ class _Training:
         features = self.source.batch(indices, self._generator(TRANSFORMS, self.step)).to(self.device)
         labels = self.source.labels[indices].to(self.device)
         scores = self.learner(features)
-        loss = self.learner.loss(scores, labels)
         self.optimizer.zero_grad()
-        loss.backward()
+        self.losses[self.step] = self.learner.backward(scores, labels)
         self.optimizer.step()
-        self.losses[self.step] = loss.detach()
         self.correct[self.step] = (scores.logits.detach().argmax(1) == labels).sum()
 
     def _read_losses(self) -> tuple[float, float]:

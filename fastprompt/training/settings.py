@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fastprompt.errors import InputError
+
+if TYPE_CHECKING:
+    from fastprompt.learners import Recipe
 
 
 @dataclass(frozen=True)
@@ -69,23 +73,15 @@ class TrainingSettings:
         return max(images // self.batch_size, 1)
 
 
-def published_settings(method: str, shots: int | None = None) -> TrainingSettings:
+def published_settings(recipe: Recipe, shots: int | None = None) -> TrainingSettings:
     """The settings that a method was published with.
 
     Args:
-        method: "coop" or "gallop".
-        shots: Training images a class; None for all images. CoOp trains fewer epochs on fewer shots. GalLoP's numbers
-            are known for 16 shots only (200 epochs) and are used for any.
-
-    Raises:
-        InputError: There are no published settings of this method.
+        recipe: Of the method.
+        shots: Training images a class; None for all images.
     """
-    if method == "coop":
-        few = shots is not None and shots <= 4
-        return TrainingSettings(epochs=50 if shots == 1 else 100 if few else 200)
-    if method == "gallop":
-        return replace(TrainingSettings(), weight_decay=1e-2, warmup_epochs=0)
-    raise InputError(f"method must be 'coop' or 'gallop' to have published training settings, not {method!r}")
+    taken = ("batch_size", "lr", "momentum", "weight_decay", "warmup_epochs", "warmup_lr")
+    return TrainingSettings(epochs=recipe.epochs_for(shots), **{name: getattr(recipe, name) for name in taken})
 
 
 def _require(name: str, value: float, holds: bool, expected: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastprompt.backbone.features import ImageFeatures
 from fastprompt.errors import InputError
+
+PLAIN_BATCH = 256  # cached images that are read at once
 
 
 class FeatureSource(Protocol):
@@ -26,6 +28,10 @@ class FeatureSource(Protocol):
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> ImageFeatures:
         """Features of the images at `indices` (b,), in that order; `generator` makes random transforms repeatable."""
+        ...
+
+    def plain_batches(self) -> Iterator[tuple[ImageFeatures, Tensor]]:
+        """Features and labels of all images once, in order and without random transforms."""
         ...
 
 
@@ -80,6 +86,11 @@ class CachedSource:
         rows = self.features.rows(indices)
         return ImageFeatures(rows["pooled"], rows["patches"])
 
+    def plain_batches(self) -> Iterator[tuple[ImageFeatures, Tensor]]:
+        """Features and labels of all images once, in order."""
+        for indices in torch.arange(len(self)).split(PLAIN_BATCH):
+            yield self.batch(indices), self.labels[indices]
+
 
 class ImageSource:
     """Images that are read, transformed and encoded for every batch, as random transforms need.
@@ -90,6 +101,7 @@ class ImageSource:
         read: Files and a generator to transformed images (b, 3, S, S), for instance
             `functools.partial(fastprompt.data.read_batch, transform=transform)`.
         backbone: Encodes the images.
+        read_plain: The same without random transforms, for `plain_batches`; `read` by default.
         at_once: Images that are read and encoded at a time, however many are asked for.
 
     Raises:
@@ -103,13 +115,14 @@ class ImageSource:
         *,
         read: ReadImages,
         backbone: ImageEncoder,
+        read_plain: ReadImages | None = None,
         at_once: int = 32,
     ) -> None:
         if at_once < 1:
             raise InputError(f"image batch: expected at least 1 image, got {at_once}")
         self.paths = tuple(paths)
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
-        self.read = read
+        self.read, self.read_plain = read, read_plain or read
         self.backbone = backbone
         self.at_once = at_once
         if len(self.paths) != len(self.labels):
@@ -118,14 +131,19 @@ class ImageSource:
     def __len__(self) -> int:
         return len(self.paths)
 
-    # no_grad, not inference_mode: the learner saves these features for its backward pass.
-    @torch.no_grad()
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> ImageFeatures:
         """Features of the images at `indices` (b,), transformed anew with random numbers from `generator`."""
-        encoded = [
-            self.backbone.encode_images(self.read([self.paths[i] for i in some.tolist()], generator=generator))
-            for some in indices.split(self.at_once)
-        ]
+        encoded = [self._encode(self.read, some, generator) for some in indices.split(self.at_once)]
         return ImageFeatures(
             torch.cat([features.pooled for features in encoded]), torch.cat([features.patches for features in encoded])
         )
+
+    def plain_batches(self) -> Iterator[tuple[ImageFeatures, Tensor]]:
+        """Features and labels of all images once, in order, read by `read_plain`."""
+        for indices in torch.arange(len(self)).split(self.at_once):
+            yield self._encode(self.read_plain, indices, None), self.labels[indices]
+
+    # no_grad, not inference_mode: the learner saves these features for its backward pass.
+    @torch.no_grad()
+    def _encode(self, read: ReadImages, indices: Tensor, generator: torch.Generator | None) -> ImageFeatures:
+        return self.backbone.encode_images(read([self.paths[i] for i in indices.tolist()], generator=generator))

@@ -1,5 +1,7 @@
 """The shared-prefix pass is exact: it equals the padded pass of open_clip itself."""
 
+from dataclasses import replace
+
 import open_clip
 import pytest
 import torch
@@ -119,6 +121,38 @@ def test_a_tower_that_is_not_causal_runs_at_full_length():
         expected = backbone.model.encode_text(sentences, normalize=True)
         got = backbone.encode_prompts(backbone.embed_words(WORDS)[None], backbone.tokenize(names))[0]
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_words_behind_the_name_stand_between_it_and_the_suffix(causal):
+    other = {} if causal else {"no_causal_mask": True, "pool_type": "last"}
+    backbone = make_backbone(make_clip(VIT, {**TEXT, "context_length": 20, **other}))
+    names, own = ["cat", "polar bear"], ["one", "two"]
+    class_tokens = backbone.tokenize(names, suffix=".")
+    before, behind = backbone.embed_words("a photo of")[None], backbone.embed_words("in the wild")[None]
+    of_each = torch.stack([backbone.embed_words(word) for word in own])[None]  # (1, C, 1, W)
+    cases = (
+        (before, behind, "a photo of {} in the wild."),
+        (before[:, :0], behind, "{} in the wild."),
+        (before, of_each, "a photo of {} {own}."),
+        (of_each, behind, "{own} {} in the wild."),
+        (of_each[:, :, :0], of_each, "{} {own}."),
+    )
+    for context, after, sentence in cases:
+        sentences = [sentence.format(name, own=word) for name, word in zip(names, own, strict=True)]
+        ids = open_clip.SimpleTokenizer()(sentences, context_length=20)
+        with torch.no_grad():
+            expected = backbone.model.encode_text(ids, normalize=True)
+            got = backbone.encode_prompts(context, class_tokens, after)[0]
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def test_a_context_behind_names_of_unknown_length_is_refused(vit_backbone):
+    tokens = replace(vit_backbone.tokenize(["cat"]), name_lengths=())
+    with pytest.raises(InputError, match="class_tokens: expected name_lengths"):
+        vit_backbone.encode_prompts(torch.zeros(1, 1, 48), tokens, torch.zeros(1, 2, 48))
+    with pytest.raises(InputError, match=r"after: expected shape \(G, M, 48\)"):
+        vit_backbone.encode_prompts(torch.zeros(1, 1, 48), tokens, torch.zeros(1, 2, 47))
 
 
 @pytest.mark.parametrize(

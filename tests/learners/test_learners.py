@@ -1,6 +1,7 @@
 """Learners against plain transcriptions of their equations, and the contract that all of them keep."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,25 +131,6 @@ def test_selected_patches_are_the_k_most_similar(gallop, features):
             assert set(chosen[image, prompt].nonzero().flatten().tolist()) == set(best.tolist())
 
 
-def test_coop_equals_its_equations(vit_backbone, features):
-    learner = CoOp(vit_backbone, NAMES).double()
-    scores = learner(features)
-    learner.loss(scores, LABELS).backward()
-    context = learner.context.detach().clone().requires_grad_()
-    text = encode_padded(vit_backbone.model, context[None], ids(f"{name}." for name in NAMES))[0]
-    logits = vit_backbone.logit_scale * features.pooled @ text.T
-    F.cross_entropy(logits, LABELS).backward()
-    torch.testing.assert_close(scores.logits, logits, rtol=0, atol=1e-9)
-    torch.testing.assert_close(learner.context.grad, context.grad, rtol=1e-8, atol=1e-10)
-
-
-def test_coop_with_a_number_of_tokens_starts_random(vit_backbone):
-    torch.manual_seed(0)
-    learner = CoOp(vit_backbone, NAMES, context=16)
-    assert learner.context.shape == (16, 48)
-    assert learner.context.std().item() == pytest.approx(0.02, rel=0.1)
-
-
 @pytest.mark.parametrize("template", ["a photo of a {}, a type of pet.", "{} texture.", "a centered photo of {}."])
 def test_zero_shot_equals_open_clip(vit_backbone, features, template):
     text = vit_backbone.model.encode_text(ids(template.format(name) for name in NAMES), normalize=True)
@@ -159,13 +141,13 @@ def test_zero_shot_equals_open_clip(vit_backbone, features, template):
 @pytest.mark.parametrize("method", METHODS)
 def test_only_learned_tensors_are_stored_and_trained(vit_backbone, features, method):
     learner = make_learner(method, vit_backbone, NAMES)
+    learner.prepare(SimpleNamespace(plain_batches=lambda: [(features, LABELS)]))
     assert set(learner.state_dict()) == {name for name, _ in learner.named_parameters()}
-    loss = learner.loss(learner(features), LABELS)
-    if method == "zero-shot":
+    if not learner.learns:
         assert not list(learner.parameters())
-        assert not loss.requires_grad
+        assert not learner.loss(learner(features), LABELS).requires_grad
         return
-    loss.backward()
+    learner.backward(learner(features), LABELS)
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in learner.parameters())
     assert all(parameter.grad is None for parameter in vit_backbone.parameters())
 
@@ -225,7 +207,7 @@ def test_prediction_in_inference_mode_does_not_spoil_training(vit_backbone, feat
         (lambda b: CoOp(b, NAMES, context=0), "context: expected at least 1 token, got 0"),
         (lambda b: CoOp(b, NAMES, context=" "), "context: expected words or a number of tokens, got ' '"),
         (lambda b: ZeroShot(b, NAMES, template="a photo"), "template: expected a sentence with one {}"),
-        (lambda b: make_learner("gallup", b, NAMES), "method: expected one of zero-shot, coop, gallop, got 'gallup'"),
+        (lambda b: make_learner("gallup", b, NAMES), "method: expected one of .*gallop, .*zero-shot, got 'gallup'"),
     ],
 )
 def test_wrong_options_get_one_sentence(vit_backbone, make, message):

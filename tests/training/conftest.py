@@ -34,6 +34,14 @@ class ToyLearner(nn.Module):
         dropped = (scores.parts["pooled"] * keep) @ self.weight.T + self.bias
         return F.cross_entropy(dropped, labels)
 
+    def prepare(self, source):
+        self.prepared_on = len(source)
+
+    def backward(self, scores, labels):
+        loss = self.loss(scores, labels)
+        loss.backward()
+        return loss.detach()
+
 
 @dataclass
 class Rows:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, SequentialLR
 
+from fastprompt import CoOp, GalLoP
 from fastprompt.errors import InputError
 from fastprompt.training import TrainingSettings, published_settings
 
@@ -57,16 +58,11 @@ def test_incomplete_batch_is_dropped_only_after_a_full_one(images, steps):
 
 
 def test_published_settings():
-    assert [published_settings("coop", shots).epochs for shots in (1, 2, 4, 8, 16, None)] == [
-        50,
-        100,
-        100,
-        200,
-        200,
-        200,
-    ]
-    assert published_settings("coop", 16) == TrainingSettings()
-    gallop = published_settings("gallop", 16)
+    coop = CoOp.recipes["default"]
+    shots = (1, 2, 3, 4, 8, 16, 32, None)
+    assert [published_settings(coop, number).epochs for number in shots] == [50, 100, 100, 100, 200, 200, 200, 200]
+    assert published_settings(coop, 16) == TrainingSettings()
+    assert published_settings(CoOp.recipes["imagenet"], 16) == TrainingSettings(epochs=50)
+    gallop = published_settings(GalLoP.recipes["default"], 16)
     assert (gallop.epochs, gallop.lr, gallop.weight_decay, gallop.warmup_epochs) == (200, 0.002, 1e-2, 0)
-    with pytest.raises(InputError, match="'zero_shot'"):
-        published_settings("zero_shot")
+    assert published_settings(GalLoP.recipes["eurosat"], 1).batch_size == 10

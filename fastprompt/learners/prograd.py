@@ -1,0 +1,87 @@
+"""ProGrad: CoOp that takes no step against what zero-shot CLIP knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastprompt.backbone import Backbone, ImageFeatures
+from fastprompt.learners.base import Scores, check_weight
+from fastprompt.learners.coop import EPOCHS, CoOp
+from fastprompt.learners.recipe import Recipe
+from fastprompt.learners.templates import DEFAULT_TEMPLATE, TEMPLATES, split_template
+
+SOURCE = "ProGrad's code, trainers/prograd.py and configs/trainers/ProGrad (ResNet-50)"
+# Its sentences end with the name, because their words are also the start of the context.
+SENTENCES = TEMPLATES | {
+    "oxford_pets": "a type of pet, a photo of a {}.",
+    "flowers102": "a type of flower, a photo of a {}.",
+    "food101": "a type of food, a photo of {}.",
+    "fgvc_aircraft": "a type of aircraft, a photo of a {}.",
+    "dtd": "a texture of {}.",
+}
+LESS = ("flowers102", "dtd", "eurosat")  # at 8 and 16 shots
+
+
+def _recipe(dataset: str) -> Recipe:
+    text = SENTENCES[dataset]
+    options = {"context": split_template(text)[0].strip(), "template": text, "weight": 0.8 if dataset in LESS else 1.0}
+    return Recipe(source=SOURCE, epochs=50 if dataset == "imagenet" else EPOCHS, options=options)
+
+
+class ProGrad(CoOp):
+    """ProGrad: CoOp without the part of each gradient that contradicts zero-shot CLIP (arXiv 2205.14865).
+
+    With g the gradient of the cross-entropy and k that of the divergence from zero-shot CLIP's probabilities, a step
+    follows g where <g, k> >= 0, and g - weight * <g, k> k / |k|^2 elsewhere. It needs two backward passes. This follows
+    the published code, except that the context starts from the template's words alone, without zeros in front.
+
+    Args:
+        backbone: the frozen model.
+        class_names: C names.
+        context: words to start from, or a number of tokens with random start.
+        template: sentence of zero-shot CLIP, with one {} for the class name.
+        weight: share of the contradicting part that is taken away; 0 is CoOp.
+    """
+
+    method: ClassVar[str] = "prograd"
+    recipes: ClassVar[Mapping[str, Recipe]] = {
+        "default": Recipe(source=SOURCE, epochs=EPOCHS),
+        **{dataset: _recipe(dataset) for dataset in SENTENCES},
+    }
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        class_names: Sequence[str],
+        *,
+        context: int | str = "a photo of a",
+        template: str = DEFAULT_TEMPLATE,
+        weight: float = 1.0,
+    ) -> None:
+        check_weight("weight", weight)
+        super().__init__(backbone, class_names, context=context)
+        self.options = {"context": context, "template": template, "weight": weight}
+        self.template, self.weight = template, weight
+        self.hand_crafted(template)  # a bad template is refused here, not in the first step
+
+    def forward(self, features: ImageFeatures) -> Scores:
+        """Scores of B images: CoOp's, with part "teacher" (B, C), the logits of zero-shot CLIP."""
+        pooled = features.pooled.to(self.backbone.device)
+        teacher = self.backbone.logit_scale * pooled @ self.hand_crafted(self.template).T
+        return Scores(super().forward(features).logits, {"teacher": teacher})
+
+    def backward(self, scores: Scores, labels: Tensor) -> Tensor:
+        """Leave the projected gradient on the context; returns the cross-entropy."""
+        probabilities = scores.parts["teacher"].softmax(dim=-1)
+        divergence = -(probabilities * scores.logits.log_softmax(dim=-1)).sum(dim=-1).mean()  # up to a constant
+        (known,) = torch.autograd.grad(divergence, self.context, retain_graph=True)
+        loss = super().backward(scores, labels)
+        wanted = self.context.grad
+        direction = known / known.norm().clamp(min=torch.finfo(known.dtype).tiny)
+        along = (wanted * direction).sum().clamp(max=0)
+        self.context.grad = wanted - self.weight * along * direction
+        return loss

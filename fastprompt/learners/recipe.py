@@ -1,0 +1,111 @@
+"""How a method was published: its training, as numbers, and the options of its learner."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from fastprompt.errors import InputError
+from fastprompt.learners.templates import TEMPLATES
+
+if TYPE_CHECKING:
+    from fastprompt.learners.base import Learner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The published hyper-parameters of a method; the defaults are those of CoOp's code base, which most share.
+
+    Training is SGD without Nesterov, with a cosine over the epochs.
+
+    Attributes:
+        source: where the numbers stand.
+        epochs: passes over the training images, or by the number of shots: {1: 50, 4: 100, 16: 200}.
+        batch_size: images a step.
+        lr: learning rate at the top of the cosine.
+        weight_decay: L2 penalty on all learned tensors.
+        momentum: of SGD.
+        warmup_epochs: epochs at ``warmup_lr`` before the cosine starts.
+        warmup_lr: learning rate of these.
+        precision: what the authors trained in. A record: ``fastprompt train`` runs in float32 unless told otherwise.
+        options: arguments of the learner that differ from its defaults.
+    """
+
+    source: str
+    epochs: int | Mapping[int, int] = 50
+    batch_size: int = 32
+    lr: float = 0.002
+    weight_decay: float = 5e-4
+    momentum: float = 0.9
+    warmup_epochs: int = 1
+    warmup_lr: float = 1e-5
+    precision: str = "fp16"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+
+    def epochs_for(self, shots: int | None) -> int:
+        """Epochs for a number of shots: those of the next larger number that is known; None means all images."""
+        if isinstance(self.epochs, int):
+            return self.epochs
+        known = sorted(self.epochs)
+        return self.epochs[next((number for number in known if shots is not None and shots <= number), known[-1])]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as JSON takes it."""
+        values = {name.name: getattr(self, name.name) for name in fields(self)}
+        epochs = self.epochs if isinstance(self.epochs, int) else dict(self.epochs)
+        return values | {"epochs": epochs, "options": dict(self.options)}
+
+
+def find_recipe(learner: type[Learner], name: str) -> Recipe:
+    """A recipe of a method by its name, or from a file.
+
+    Args:
+        learner: class of the method.
+        name: "default", a data set (one without a recipe of its own was trained with the default), or a .json file as
+            ``write_recipe`` writes it.
+
+    Raises:
+        InputError: there is no such recipe, or the file does not hold a recipe of this method.
+    """
+    if name.endswith(".json"):
+        return _read_recipe(learner, Path(name))
+    if name in TEMPLATES:
+        return learner.recipes.get(name, learner.recipes["default"])
+    if name not in learner.recipes:
+        known = ", ".join(dict.fromkeys([*learner.recipes, *TEMPLATES]))
+        raise InputError(f"recipe: expected one of {known}, or a .json file, got {name!r}")
+    return learner.recipes[name]
+
+
+def write_recipe(learner: type[Learner], recipe: Recipe, file: Path) -> None:
+    """Write a recipe to a new .json file, to be changed and given back to ``find_recipe``.
+
+    Raises:
+        InputError: the name does not end in .json, or the file exists.
+    """
+    if file.suffix != ".json":
+        raise InputError(f"file: expected a name that ends in .json, got {file}")
+    if file.exists():
+        raise InputError(f"file: {file} exists already")
+    file.write_text(json.dumps({"method": learner.method, **recipe.to_dict()}, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_recipe(learner: type[Learner], file: Path) -> Recipe:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        method = values.pop("method")
+        if isinstance(values["epochs"], dict):
+            values["epochs"] = {int(shots): epochs for shots, epochs in values["epochs"].items()}
+        recipe = Recipe(**values)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"recipe {file} must hold what `fastprompt recipes copy` writes: {error!r}") from error
+    if method != learner.method:
+        raise InputError(f"recipe {file} is one of {method}, and {learner.method} is to be trained")
+    return recipe

@@ -1,0 +1,59 @@
+"""What the tests of single methods share: a float32 model, and the comparison with a transcription."""
+
+import torch
+from open_clip import SimpleTokenizer
+
+from benchmarks.peers import encode_padded
+from tests.models import make_backbone, make_clip
+
+NAMES = ("red fox", "polar bear", "cat", "very long name of a dog", "house")
+LABELS = torch.tensor([1, 0, 3])
+
+
+def float32_backbone():
+    return make_backbone(make_clip().float())
+
+
+def leaves_of(learner):
+    """Copies of the learned tensors, for the transcription."""
+    return {name: tensor.detach().clone().requires_grad_() for name, tensor in learner.named_parameters()}
+
+
+def padded_text(backbone, context, names=NAMES):
+    """Text features (C, D) of "<context> <name>.", with 77 tokens a class; context (M, W)."""
+    ids = SimpleTokenizer()([f"{name}." for name in names], context_length=77)
+    return encode_padded(backbone.model, context[None], ids)[0]
+
+
+def template_text(backbone, template, names=NAMES):
+    """Text features (C, D) of hand-crafted sentences, as open_clip encodes them."""
+    ids = SimpleTokenizer()([template.format(name) for name in names], context_length=77)
+    with torch.no_grad():
+        return backbone.model.encode_text(ids, normalize=True)
+
+
+def move(learner, seed=2):
+    """Take the learned tensors away from their start, where some terms vanish."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in learner.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+def assert_equal_to_1e_5(learner, got, expected, leaves):
+    """Logits and loss, each (ours, transcription's), and the gradients of all learned tensors."""
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for name, parameter in learner.named_parameters():
+        assert leaves[name].grad.abs().max() > 1e-4, f"the gradient of {name} says nothing"
+        torch.testing.assert_close(parameter.grad, leaves[name].grad, rtol=1e-5, atol=1e-5)
+
+
+def assert_same_training(learner, base, features):
+    """Two learners with the same context have the same loss and gradient, to the last bit."""
+    with torch.no_grad():
+        base.context.copy_(learner.context)
+    losses = [one.backward(one(features), LABELS) for one in (learner, base)]
+    assert torch.equal(*losses)
+    assert torch.equal(learner.context.grad, base.context.grad)
+    assert learner.context.grad.any()

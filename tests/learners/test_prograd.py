@@ -1,0 +1,74 @@
+"""ProGrad against a transcription of its equations."""
+
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastprompt import CoOp, InputError
+from fastprompt.learners import ProGrad
+from fastprompt.learners.recipe import find_recipe
+from tests.learners import support
+from tests.learners.support import NAMES
+
+TEMPLATE = "a texture of {}."
+
+
+def transcribed_gradient(wanted, known, weight):
+    """The update rule for one tensor: what contradicts the known direction is taken away."""
+    unit = known / known.norm()
+    along = torch.dot(wanted.flatten(), unit.flatten())
+    return wanted - weight * along * unit if along < 0 else wanted
+
+
+def gradients(logits, teacher, labels, context):
+    """Of the cross-entropy, and of the divergence from the teacher."""
+    divergence = F.kl_div(logits.log_softmax(1), teacher.softmax(1), reduction="batchmean")
+    (known,) = torch.autograd.grad(divergence, context, retain_graph=True)
+    (wanted,) = torch.autograd.grad(F.cross_entropy(logits, labels), context, retain_graph=True)
+    return wanted, known
+
+
+@pytest.mark.parametrize("agree", [False, True])
+def test_equals_its_equations_in_float32(agree, images):
+    backbone = support.float32_backbone()
+    features = backbone.encode_images(images)
+    learner = ProGrad(backbone, NAMES, template=TEMPLATE, weight=0.8)
+    support.move(learner)
+    teacher = backbone.logit_scale * features.pooled @ support.template_text(backbone, TEMPLATE).T
+    leaves = support.leaves_of(learner)
+    context = leaves["context"]
+    logits = backbone.logit_scale * features.pooled @ support.padded_text(backbone, context).T
+    for labels in map(torch.tensor, product(range(len(NAMES)), repeat=3)):
+        wanted, known = gradients(logits, teacher, labels, context)
+        if ((wanted * known).sum() > 0) == agree:
+            break  # the first labels whose gradient does, or does not, agree with the teacher's
+    context.grad = transcribed_gradient(wanted, known, 0.8)
+    assert torch.equal(context.grad, wanted) == agree
+
+    scores = learner(features)
+    loss = learner.backward(scores, labels)
+    support.assert_equal_to_1e_5(learner, (scores.logits, loss), (logits, F.cross_entropy(logits, labels)), leaves)
+    if not agree:
+        whole = ProGrad(backbone, NAMES, template=TEMPLATE)  # with the whole contradiction taken away
+        whole.context = learner.context
+        whole.context.grad = None
+        whole.backward(whole(features), labels)
+        assert F.cosine_similarity(whole.context.grad.flatten(), known.flatten(), dim=0).abs() < 1e-5
+
+
+def test_with_weight_0_it_is_coop(vit_backbone, images):
+    features = vit_backbone.encode_images(images)
+    support.assert_same_training(ProGrad(vit_backbone, NAMES, weight=0.0), CoOp(vit_backbone, NAMES), features)
+
+
+def test_recipes_start_from_the_words_of_their_template():
+    recipe = find_recipe(ProGrad, "dtd")
+    assert recipe.options == {"context": "a texture of", "template": TEMPLATE, "weight": 0.8}
+    assert find_recipe(ProGrad, "imagenet").epochs == 50
+
+
+def test_a_negative_weight_is_refused(vit_backbone):
+    with pytest.raises(InputError, match="weight: expected a finite number of at least 0, got -1"):
+        ProGrad(vit_backbone, NAMES, weight=-1)
