@@ -12,7 +12,16 @@ import tyro
 from tqdm import tqdm
 from tyro.conf import subcommand
 
-from benchmarks import break_even, call_overhead, drop_in, patch_statistics, results, text_encoder, topk_similarity
+from benchmarks import (
+    break_even,
+    call_overhead,
+    conditional,
+    drop_in,
+    patch_statistics,
+    results,
+    text_encoder,
+    topk_similarity,
+)
 from benchmarks.measure import Benchmark, WrongResultError, measure
 from benchmarks.plot import draw_growth
 from fastprompt.errors import InputError
@@ -30,7 +39,7 @@ Then: python -m benchmarks plot"""
 
 BENCHMARKS = {
     module.BENCHMARK.name: module.BENCHMARK
-    for module in (text_encoder, topk_similarity, patch_statistics, call_overhead, drop_in)
+    for module in (text_encoder, conditional, topk_similarity, patch_statistics, call_overhead, drop_in)
 }
 
 
@@ -53,6 +62,14 @@ class TextEncoder(Measure):
     """Text features of all classes with gradients to the contexts: encode_prompts beside padded passes.
 
     The 77-token pass of 4 x 100 prompts needs about 16 GB of memory.
+    """
+
+
+@dataclass(frozen=True)
+class Conditional(Measure):
+    """A training step of CoCoOp and CoPL on 32 images at once beside passes image by image; times are for one image.
+
+    The 77-token pass of two images and 100 classes needs about 6 GB of memory.
     """
 
 
@@ -108,6 +125,7 @@ class Plot:
 
 Command = (
     Annotated[TextEncoder, subcommand("text_encoder")]
+    | Annotated[Conditional, subcommand("conditional")]
     | Annotated[TopkSimilarity, subcommand("topk_similarity")]
     | Annotated[PatchStatistics, subcommand("patch_statistics")]
     | Annotated[CallOverhead, subcommand("call_overhead")]
@@ -158,6 +176,8 @@ def main() -> int:
         match command:
             case TextEncoder():
                 run(text_encoder.BENCHMARK, command)
+            case Conditional():
+                run(conditional.BENCHMARK, command)
             case TopkSimilarity():
                 run(topk_similarity.BENCHMARK, command)
             case PatchStatistics():

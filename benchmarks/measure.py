@@ -45,6 +45,8 @@ class Case:
         tolerance: largest relative error ``norm(x - truth) / norm(truth)`` of any result.
         floors: by name, the least work that such a computation must do; timed with the others, never checked.
         calls: calls that are timed together, for what takes microseconds.
+        units: by name, how much one call computes (images, say) where implementations differ in that; 1 by default.
+            Times are those of one unit, memory is that of a whole call.
     """
 
     implementations: Mapping[str, Implementation]
@@ -53,6 +55,7 @@ class Case:
     tolerance: float
     floors: Mapping[str, Callable[[], object]] = field(default_factory=dict)
     calls: int = 1
+    units: Mapping[str, int] = field(default_factory=dict)
 
 
 Build = Callable[[Shape, torch.device], Case]
@@ -86,7 +89,7 @@ class Measurement:
     """What one implementation did.
 
     Attributes:
-        median, p20, p80: milliseconds of one call.
+        median, p20, p80: milliseconds of one unit, which is one call unless the case says otherwise.
         rounds: how often it was timed.
         memory: at the worst moment; None where the system does not tell, and for floors.
         baseline: the implementation whose time is the unit of the ratio.
@@ -179,7 +182,7 @@ def _compare(name: str, results: tuple[Tensor, ...], truth: list[Tensor], tolera
 
 
 def time_interleaved(case: Case, device: torch.device, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of every implementation and floor in every round, for MIN_ROUNDS and about so many seconds.
+    """Milliseconds a unit of every implementation and floor in every round, for MIN_ROUNDS and about so many seconds.
 
     They take turns, so that a busy moment hits all alike.
     """
@@ -190,7 +193,7 @@ def time_interleaved(case: Case, device: torch.device, seconds: float) -> dict[s
         if done >= MIN_ROUNDS and time.perf_counter() > end:
             break
         for name, run in all_of_them.items():
-            times[name].append(_milliseconds(run, device, case.calls))
+            times[name].append(_milliseconds(run, device, case.calls) / case.units.get(name, 1))
     return times
 
 

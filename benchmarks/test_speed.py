@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from benchmarks import call_overhead, patch_statistics, text_encoder, topk_similarity
+from benchmarks import call_overhead, conditional, patch_statistics, text_encoder, topk_similarity
 from benchmarks.measure import UnavailableError
 from benchmarks.similarity import PASSES, around
 
 CPU = torch.device("cpu")
 ROUNDS = 5
-MODULES = (topk_similarity, patch_statistics, call_overhead, text_encoder)
+MODULES = (topk_similarity, patch_statistics, call_overhead, text_encoder, conditional)
 SMALL = {
     "topk_similarity": around(
         {"dtype": "float32", "pass": "", "B": 4, "P": 196, "N": 4, "D": 512, "C": 47, "k": 20}, {}
@@ -17,12 +17,14 @@ SMALL = {
     "patch_statistics": around({"dtype": "float32", "pass": "", "B": 4, "P": 196, "D": 512, "C": 47}, {}),
     "call_overhead": call_overhead.BENCHMARK.shapes["cpu"],
     "text_encoder": ({"dtype": "float32", "G": 1, "M": 4, "C": 47, "names": "DTD"},),
+    "conditional": ({"dtype": "float32", "method": "cocoop", "B": 2, "C": 47, "names": "DTD"},),
 }
 NAMES = {
     "topk_similarity": tuple(topk_similarity.peers()),
     "patch_statistics": tuple(patch_statistics.peers(PASSES[0])),
     "call_overhead": ("definition", "impl='reference'", "impl='auto'", "impl='blocked'"),
     "text_encoder": ("77 tokens", "longest name", "fastprompt"),
+    "conditional": ("77 tokens, image by image", "longest name, image by image", "fastprompt"),
 }
 
 

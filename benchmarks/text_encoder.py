@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from types import SimpleNamespace
 
 import open_clip
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.class_names import CALTECH, DTD
 from benchmarks.measure import Benchmark, Case, Shape
-from benchmarks.peers import encode_padded
+from benchmarks.peers import encode_padded, first_positions
 from fastprompt.backbone import load_backbone
 
 NAMES = {
@@ -38,7 +37,7 @@ def build(shape: Shape, device: torch.device) -> Case:
     weights = torch.randn(shape["G"], shape["C"], backbone.embed_dim, device=device)
     needed = 1 + shape["M"] + max(class_tokens.lengths)
     padded = partial(encode_padded, model, ids=ids)
-    truncated = partial(encode_padded, _first_positions(model, needed), ids=ids[:, :needed])
+    truncated = partial(encode_padded, first_positions(model, needed), ids=ids[:, :needed])
     ours = partial(backbone.encode_prompts, class_tokens=class_tokens)
 
     def forward_backward(encode: partial, prompts_at_once: int = shape["G"]) -> tuple[Tensor, Tensor]:
@@ -63,18 +62,6 @@ def build(shape: Shape, device: torch.device) -> Case:
         baseline=baseline,
         truth=pad,
         tolerance=1e-4,  # float32 through 12 blocks; a token too many or too few changes the first digits
-    )
-
-
-def _first_positions(model: torch.nn.Module, length: int) -> SimpleNamespace:
-    """The text tower of an open_clip model that reads ``length`` tokens: exact, because it is causal."""
-    return SimpleNamespace(
-        token_embedding=model.token_embedding,
-        positional_embedding=model.positional_embedding[:length],
-        attn_mask=model.attn_mask[:length, :length],
-        transformer=model.transformer,
-        ln_final=model.ln_final,
-        text_projection=model.text_projection,
     )
 
 

@@ -17,6 +17,7 @@ from benchmarks.measure import (
     WrongResultError,
     check,
     measure,
+    time_interleaved,
 )
 from benchmarks.memory import Memory, peak_memory
 from benchmarks.results import append, table
@@ -80,6 +81,12 @@ def test_ratios_are_those_of_the_times(monkeypatch):
     floor = measured["floor: high"]
     assert measured["slow"].over_floor == measured["slow"].median / floor.median > 4
     assert measured["floor: low"].median < floor.median and floor.first_call is None
+
+
+def test_times_are_those_of_a_unit():
+    case = replace(build_waiting(SHAPE, CPU), units={"slow": 8})
+    times = time_interleaved(case, CPU, seconds=0.1)
+    assert 10 <= min(times["slow"]) < 15 and 20 <= min(times["quick"]) < 30
 
 
 def test_peak_memory_sees_what_is_allocated_for_a_moment():
