@@ -20,10 +20,11 @@ from fastprompt.training.metrics import EpochMetrics, TrainingResult, peak_memor
 from fastprompt.training.run_folder import MODEL, STATE, RunFolder, epoch_metrics
 from fastprompt.training.settings import TrainingSettings
 from fastprompt.training.sources import FeatureSource
-from fastprompt.training.state import TrainingState, restore_learned
+from fastprompt.training.state import TrainingState
 
 if TYPE_CHECKING:
-    from fastprompt.learners import Learner
+    from fastprompt.learners.stored import restore_learned
+from fastprompt.learners import Learner
 
 log = logging.getLogger(__name__)
 
