@@ -51,10 +51,7 @@ def linear_head(learner: Learner) -> tuple[Tensor, bool]:
     Raises:
         InputError: a learner whose text depends on the image, and has no such matrix.
     """
-    if isinstance(learner, ImageConditional):
-        raise InputError(
-            f"{learner.method} has text features of its own for every image, and no matrix of classes: export to .onnx"
-        )
+    _check(learner)
     backbone = learner.backbone
     generator = torch.Generator().manual_seed(0)
     features = backbone.encode_images(torch.randn(4, 3, *2 * [backbone.image_size], generator=generator))
@@ -77,8 +74,9 @@ def write_onnx(learner: Learner, file: Path) -> None:
     """Write image tower and learner as ONNX: "images" (B, 3, S, S), preprocessed, to "logits" (B, C).
 
     Raises:
-        InputError: the packages of the extra "onnx" are not installed.
+        InputError: a learner whose text depends on the image, or the packages of the extra "onnx" are not installed.
     """
+    _check(learner)
     try:
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
@@ -96,16 +94,22 @@ def write_onnx(learner: Learner, file: Path) -> None:
     written.save(file, external_data=False)
 
 
+def _check(learner: Learner) -> None:
+    if isinstance(learner, ImageConditional):
+        raise InputError(
+            f"{learner.method} runs the text tower for every image and has no fixed text features, which export needs"
+        )
+
+
 class _Classifier(nn.Module):
-    """Images to logits, with the text features as constants where they do not depend on the image."""
+    """Images to logits, with the text features as constants."""
 
     def __init__(self, learner: Learner, images: Tensor) -> None:
         super().__init__()
         learner = copy.copy(learner)
         learner(learner.backbone.encode_images(images))  # fills what is computed once
-        if not isinstance(learner, ImageConditional):
-            text = learner.text_features()
-            learner.text_features = lambda: text
+        text = learner.text_features()
+        learner.text_features = lambda: text
         self.learner, self.backbone = learner, learner.backbone
 
     def forward(self, images: Tensor) -> Tensor:

@@ -22,14 +22,13 @@ MODEL, METADATA = "model.safetensors", "fastprompt"
 
 
 def describe(learner: Learner) -> dict[str, Any]:
-    """What a learner is made from, beside its learned tensors: what JSON can hold."""
+    """What a learner is made from, beside its learned tensors and its options: what JSON can hold."""
     return {
         "method": learner.method,
         "class_names": list(learner.class_names),
         "backbone": learner.backbone.name,
         "pretrained": learner.backbone.pretrained,
         "fingerprint": learner.backbone.fingerprint,
-        "options": learner.options,
     }
 
 
@@ -37,7 +36,7 @@ def rebuild(described: Mapping[str, Any], learned: Mapping[str, Tensor], backbon
     """The learner that ``describe`` described, with its learned tensors, in evaluation mode.
 
     Args:
-        described: by ``describe``.
+        described: by ``describe``, and the learner's options under "options".
         learned: its tensors.
         backbone: the one that it was trained on.
         file: where all this comes from, for messages.
@@ -78,7 +77,7 @@ class HubLearner(ModelHubMixin, library_name="fastprompt", tags=["prompt-learnin
     """
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        described = {METADATA: describe(self)}
+        described = {METADATA: {**describe(self), "options": self.options}}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, save_directory / MODEL, {METADATA: json.dumps(described[METADATA])})
         (save_directory / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
