@@ -24,7 +24,7 @@ from fastprompt.training.sources import FeatureSource
 from fastprompt.training.state import TrainingState
 
 if TYPE_CHECKING:
-from fastprompt.learners import Learner
+    from fastprompt.learners import Learner
 
 log = logging.getLogger(__name__)
 

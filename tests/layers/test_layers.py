@@ -189,7 +189,9 @@ def local():
 
 
 @pytest.mark.parametrize("topk", [(1, 3, 20), (4,)])
-def test_local_head_and_loss_equal_those_of_gallop(local, topk):
+@pytest.mark.parametrize("held", [1, 2**20], ids=["image by image", "all images"])
+def test_local_head_and_loss_equal_those_of_gallop(local, topk, held, monkeypatch):
+    monkeypatch.setattr("fastprompt.layers.local_head.BYTES_ON_CPU", held)
     features, projection, visual_proj, text = local
     global_logits, targets = 0.3 * torch.randn(2, 6, 4), torch.tensor([5, 2])
     head, loss = TopKLocalHead(topk), GlobalLocalLoss(topk=topk, global_dropout_p=0.5)
