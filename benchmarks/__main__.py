@@ -12,7 +12,16 @@ import tyro
 from tqdm import tqdm
 from tyro.conf import subcommand
 
-from benchmarks import break_even, call_overhead, conditional, patch_statistics, results, text_encoder, topk_similarity
+from benchmarks import (
+    break_even,
+    call_overhead,
+    conditional,
+    drop_in,
+    patch_statistics,
+    results,
+    text_encoder,
+    topk_similarity,
+)
 from benchmarks.measure import Benchmark, WrongResultError, measure
 from benchmarks.plot import draw_growth
 from fastprompt.errors import InputError
@@ -30,7 +39,7 @@ Then: python -m benchmarks plot"""
 
 BENCHMARKS = {
     module.BENCHMARK.name: module.BENCHMARK
-    for module in (text_encoder, conditional, topk_similarity, patch_statistics, call_overhead)
+    for module in (text_encoder, conditional, topk_similarity, patch_statistics, call_overhead, drop_in)
 }
 
 
@@ -80,6 +89,11 @@ class CallOverhead(Measure):
 
 
 @dataclass(frozen=True)
+class DropIn(Measure):
+    """The layers of fastprompt.layers beside what they replace in CoOp's and GalLoP's code."""
+
+
+@dataclass(frozen=True)
 class BreakEven:
     """From which size on the similarity kernels beat the best eager code.
 
@@ -118,6 +132,7 @@ Command = (
     | Annotated[TopkSimilarity, subcommand("topk_similarity")]
     | Annotated[PatchStatistics, subcommand("patch_statistics")]
     | Annotated[CallOverhead, subcommand("call_overhead")]
+    | Annotated[DropIn, subcommand("drop_in")]
     | Annotated[BreakEven, subcommand("break_even")]
     | Annotated[KernelResources, subcommand("kernel_resources")]
     | Annotated[Plot, subcommand("plot")]
@@ -172,6 +187,8 @@ def main() -> int:
                 run(patch_statistics.BENCHMARK, command)
             case CallOverhead():
                 run(call_overhead.BENCHMARK, command)
+            case DropIn():
+                run(drop_in.BENCHMARK, command)
             case BreakEven(device, out):
                 print(break_even.measure_grid(_device(device), out))
             case KernelResources(file):

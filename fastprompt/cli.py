@@ -15,6 +15,7 @@ import tyro
 from tyro.conf import Positional, subcommand
 
 from fastprompt.errors import InputError
+from fastprompt.exchange.config import ExportConfig, ImportConfig, WordsConfig
 from fastprompt.experiment.config import (
     EvaluateConfig,
     ExperimentConfig,
@@ -100,6 +101,9 @@ OTHER_COMMANDS = (
     | Annotated[PredictConfig, subcommand("predict")]
     | Annotated[ExplainConfig, subcommand("explain")]
     | Annotated[Recipes, subcommand("recipes")]
+    | Annotated[ImportConfig, subcommand("import")]
+    | Annotated[ExportConfig, subcommand("export")]
+    | Annotated[WordsConfig, subcommand("words")]
     | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Demo, subcommand("demo")]
 )
@@ -156,6 +160,18 @@ def run(command: Train | EvaluateConfig | PredictConfig | ExplainConfig | Recipe
             print(f"patches selected for {name!r}: {path}")
         case Recipes(action):
             print(_recipes(action))
+        case ImportConfig():
+            from fastprompt.exchange.import_run import import_run
+
+            print(f"run folder: {import_run(command).path}")
+        case ExportConfig():
+            from fastprompt.exchange.export import export_run
+
+            print(export_run(command))
+        case WordsConfig():
+            from fastprompt.exchange.words import words_of_run
+
+            print(words_of_run(command))
         case Doctor(backbone):
             from fastprompt.doctor import examine
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
@@ -75,17 +77,7 @@ class TextTower:
     def _encode_shared_prefix(self, context: Tensor, class_tokens: ClassTokens, after: Tensor) -> Tensor:
         """End-of-text states (G, C, W)."""
         prefix, names, packing = self._layout(context, class_tokens, after)
-        shared = prefix.shape[1]
-        x = torch.cat([prefix, names], dim=1)  # (G, S + rows * width, W)
-        open_prefix = packing.visible.new_ones(packing.rows, packing.width, shared)
-        visible = torch.cat([open_prefix, packing.visible], dim=2)[:, None]  # (rows, 1, width, S + width)
-        *blocks, last = self.blocks
-        for block in blocks:
-            x = close_block(block, x, _prefix_attention(block, block.ln_1(x), shared, packing, visible))
-        # Of the last block only the end-of-text tokens are read, so only they go through its projection and MLP.
-        ends = shared + packing.last
-        attended = _prefix_attention(last, last.ln_1(x), shared, packing, visible)
-        return close_block(last, x.index_select(1, ends), attended.index_select(1, ends))
+        return end_of_text_states(self.blocks, prefix, names, packing)
 
     def _layout(self, context: Tensor, class_tokens: ClassTokens, after: Tensor) -> tuple[Tensor, Tensor, Packing]:
         """The shared prefix (G, S, W), what follows it in packed slots (G, rows * width, W), and the packing."""
@@ -143,6 +135,30 @@ class TextTower:
             end = start.shape[1] + learned - 1 + torch.tensor(class_tokens.lengths, device=x.device)
             return x[:, torch.arange(classes, device=x.device), end]
         return x[:, :, 0 if self.pool_type == "first" else -1]
+
+
+def end_of_text_states(
+    blocks: Sequence[ResidualAttentionBlock], prefix: Tensor, names: Tensor, packing: Packing
+) -> Tensor:
+    """End-of-text states (G, C, W), before the final norm, of packed names behind a prefix that they share.
+
+    Args:
+        blocks: of a causal text tower.
+        prefix: (G, S, W), positions added.
+        names: (G, rows * width, W), in the slots of the packing, positions added.
+        packing: of the C names.
+    """
+    shared = prefix.shape[1]
+    x = torch.cat([prefix, names], dim=1)  # (G, S + rows * width, W)
+    open_prefix = packing.visible.new_ones(packing.rows, packing.width, shared)
+    visible = torch.cat([open_prefix, packing.visible], dim=2)[:, None]  # (rows, 1, width, S + width)
+    *blocks, last = blocks
+    for block in blocks:
+        x = close_block(block, x, _prefix_attention(block, block.ln_1(x), shared, packing, visible))
+    # Of the last block only the end-of-text tokens are read, so only they go through its projection and MLP.
+    ends = shared + packing.last
+    attended = _prefix_attention(last, last.ln_1(x), shared, packing, visible)
+    return close_block(last, x.index_select(1, ends), attended.index_select(1, ends))
 
 
 def _prefix_attention(

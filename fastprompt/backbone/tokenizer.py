@@ -17,12 +17,14 @@ class Tokenizer:
 
     Attributes:
         encode: text to ids, without special tokens.
+        decode: ids to text.
         start_of_text: id in front of every text, or None where the tower uses none (SigLIP).
         end_of_text: id behind every text.
         padding: id that fills the rest of a full-length sequence.
     """
 
     encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
     start_of_text: int | None
     end_of_text: int
     padding: int
@@ -31,13 +33,13 @@ class Tokenizer:
 def read_tokenizer(tokenizer: SimpleTokenizer | HFTokenizer) -> Tokenizer:
     """The same view of CLIP's own tokenizer and of a Hugging Face one (SigLIP)."""
     if isinstance(tokenizer, SimpleTokenizer):
-        return Tokenizer(tokenizer.encode, tokenizer.sot_token_id, tokenizer.eot_token_id, padding=0)
+        return Tokenizer(tokenizer.encode, tokenizer.decode, tokenizer.sot_token_id, tokenizer.eot_token_id, padding=0)
     inner = tokenizer.tokenizer
 
     def encode(text: str) -> list[int]:
         return inner(tokenizer.clean_fn(text), add_special_tokens=False)["input_ids"]
 
-    return Tokenizer(encode, None, inner.eos_token_id, inner.pad_token_id)
+    return Tokenizer(encode, inner.decode, None, inner.eos_token_id, inner.pad_token_id)
 
 
 def load_tokenizer(name: str) -> Tokenizer:

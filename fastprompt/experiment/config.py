@@ -32,6 +32,15 @@ class BackboneConfig:
     weights_dir: Path | None = None
     """Where downloaded weights are kept. Default: open_clip's own folder."""
 
+    def backbone_and_weights(self) -> tuple[str, str | None]:
+        """Name and weights of the backbone, with absolute paths: a run is used from other folders, too."""
+        name, weights = self.backbone, self.pretrained
+        if name.startswith(LOCAL):
+            name = f"{LOCAL}{Path(name.removeprefix(LOCAL)).expanduser().resolve()}"
+        if weights is not None and Path(weights).is_file():
+            weights = str(Path(weights).resolve())
+        return name, weights
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureConfig:
@@ -90,15 +99,6 @@ class ExperimentConfig(DataConfig, BackboneConfig, FeatureConfig):
     def settings(self) -> TrainingSettings | None:
         """How the learner is trained; None where nothing is."""
         return None
-
-    def backbone_and_weights(self) -> tuple[str, str | None]:
-        """Name and weights of the backbone, with absolute paths: a run is used from other folders, too."""
-        name, weights = self.backbone, self.pretrained
-        if name.startswith(LOCAL):
-            name = f"{LOCAL}{Path(name.removeprefix(LOCAL)).expanduser().resolve()}"
-        if weights is not None and Path(weights).is_file():
-            weights = str(Path(weights).resolve())
-        return name, weights
 
     def resolved(self) -> dict[str, Any]:
         """What decides the result: everything but where it runs, how images are read, and where files go."""
@@ -185,6 +185,8 @@ class PredictConfig:
     """Image files, or folders of images."""
     top: int = 3
     """How many classes to show."""
+    class_names: tuple[str, ...] = ()
+    """Other classes than those of the run, in its learned context."""
     device: str | None = None
     """Where it runs. Default: cuda if there is one."""
 

@@ -16,11 +16,11 @@ from fastprompt.evaluation import Row, evaluate_accuracy, ood_detection
 from fastprompt.experiment.config import EvaluateConfig, ExplainConfig, PredictConfig
 from fastprompt.experiment.sources import feature_source, image_transform, split_of, unlabelled
 from fastprompt.experiment.train import COLUMNS, PERCENT
-from fastprompt.learners import GalLoP, Learner, ZeroShot, make_learner
+from fastprompt.learners import GalLoP, Learner, ZeroShot
+from fastprompt.learners.stored import rebuild
 from fastprompt.report import Column, Table, draw_selected_patches
 from fastprompt.training import RunFolder
 from fastprompt.training.run_folder import MODEL
-from fastprompt.training.state import restore_learned
 
 OOD_COLUMNS = (
     Column("FPR95", higher_is_better=False, **PERCENT),
@@ -48,14 +48,7 @@ def load_run(path: str | Path, *, device: str | None = None, backbone: Backbone 
         precision=run.config["precision"],
         cache_dir=metadata["weights_dir"],
     )
-    if backbone.fingerprint != metadata["fingerprint"]:
-        raise InputError(
-            f"{run.path} was trained on weights of {backbone.name!r} with fingerprint {metadata['fingerprint']}, "
-            f"but those found now have {backbone.fingerprint}"
-        )
-    learner = make_learner(metadata["method"], backbone, metadata["class_names"], **metadata["options"])
-    restore_learned(learner, tensors, run.path / MODEL)
-    return learner.eval()
+    return rebuild(metadata, tensors, backbone, run.path / MODEL)
 
 
 def evaluate_run(config: EvaluateConfig, *, progress: bool = True) -> Table:
@@ -63,7 +56,10 @@ def evaluate_run(config: EvaluateConfig, *, progress: bool = True) -> Table:
     run = RunFolder.open(config.run)
     keep = run.config["keep_underscores"]
     split_file = run.config["split_file"] if config.data is None else None
-    dataset = load_dataset(config.data or run.config["data"], split_file=split_file, keep_underscores=keep)
+    data = config.data or run.config["data"]
+    if data is None:
+        raise InputError(f"data: expected a data folder to test on, as {run.path} was imported without one")
+    dataset = load_dataset(data, split_file=split_file, keep_underscores=keep)
     images = select_classes(split_of(dataset, config.split), config.classes)
     unknown = None if config.ood is None else unlabelled(_images_in(config.ood, recursive=True))
     learner = load_run(config.run, device=config.device).with_class_names(images.class_names)
@@ -104,6 +100,8 @@ def predict_images(config: PredictConfig) -> Iterator[tuple[Path, list[tuple[str
         raise InputError(f"top: expected at least 1, got {config.top}")
     paths = [path for given in config.images for path in (_images_in(given) if given.is_dir() else (given,))]
     learner = load_run(config.run, device=config.device)
+    if config.class_names:
+        learner = learner.with_class_names(config.class_names)
     for path in paths:
         probabilities = learner.predict(_features(learner, path))[0]
         best = probabilities.topk(min(config.top, len(learner.class_names)))

@@ -18,6 +18,7 @@ from fastprompt.backbone import Backbone, ClassTokens, ImageFeatures
 from fastprompt.backbone.backbone import at_least_float32
 from fastprompt.errors import InputError
 from fastprompt.learners.recipe import Recipe
+from fastprompt.learners.stored import HubLearner
 from fastprompt.learners.templates import encode_templates
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Scores:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Learner(nn.Module, ABC):
+class Learner(HubLearner, nn.Module, ABC):
     """A classifier on a frozen backbone. A subclass gives its learned tensors, ``encode_text`` and ``forward``.
 
     ``state_dict()`` holds the learned tensors and nothing else: the backbone is not a submodule. A subclass that names

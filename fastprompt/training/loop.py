@@ -15,12 +15,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fastprompt.errors import InputError
+from fastprompt.learners.stored import restore_learned
 from fastprompt.training.interrupt import Interrupted, InterruptFlag
 from fastprompt.training.metrics import EpochMetrics, TrainingResult, peak_memory, reset_peak_memory
 from fastprompt.training.run_folder import MODEL, STATE, RunFolder, epoch_metrics
 from fastprompt.training.settings import TrainingSettings
 from fastprompt.training.sources import FeatureSource
-from fastprompt.training.state import TrainingState, restore_learned
+from fastprompt.training.state import TrainingState
 
 if TYPE_CHECKING:
     from fastprompt.learners import Learner

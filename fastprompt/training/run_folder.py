@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fastprompt.errors import InputError
+from fastprompt.learners.stored import describe
 from fastprompt.training.environment import environment
 from fastprompt.training.metrics import EpochMetrics
 from fastprompt.training.state import TrainingState, read_tensors, tensors_to_bytes
@@ -125,14 +126,7 @@ class RunFolder:
                 JSON object under the key "fastprompt".
             extra: More metadata, for instance what is needed to build the learner again; what JSON can hold.
         """
-        metadata = {
-            "method": learner.method,
-            "class_names": list(learner.class_names),
-            "backbone": learner.backbone.name,
-            "pretrained": learner.backbone.pretrained,
-            "fingerprint": learner.backbone.fingerprint,
-            **(extra or {}),
-        }
+        metadata = {**describe(learner), **(extra or {})}
         self._write(MODEL, tensors_to_bytes(learner.state_dict(), {METADATA: json.dumps(metadata)}))
         (self.path / STATE).unlink(missing_ok=True)
 

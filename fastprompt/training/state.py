@@ -8,7 +8,7 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastprompt.errors import InputError
 
@@ -87,19 +87,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{path} must be a readable safetensors file: {error}") from error
-
-
-def restore_learned(learner: nn.Module, learned: Mapping[str, Tensor], path: Path) -> None:
-    """Copy learned tensors from a file into a learner.
-
-    Raises:
-        InputError: The names or shapes in the file are not those of the learner.
-    """
-    expected = {name: tuple(tensor.shape) for name, tensor in learner.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in learned.items()}
-    if expected != found:
-        raise InputError(f"{path} must hold the learned tensors {expected} of this learner, but it holds {found}")
-    learner.load_state_dict(dict(learned))
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

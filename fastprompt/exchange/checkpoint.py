@@ -1,0 +1,120 @@
+"""Checkpoints of other code, read without executing anything: CoOp's family (written by Dassl) and GalLoP."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastprompt.errors import InputError
+
+# By method the tensors of its checkpoint, and how our learner calls them.
+NAMES = {
+    "gallop": {
+        "global_prompt": "global_prompts",
+        "local_prompts": "local_prompts",
+        "local_proj.linear.weight": "local_projection",
+    },
+    "cocoop": {
+        "ctx": "context",
+        "meta_net.linear1.weight": "meta_net.linear1.weight",
+        "meta_net.linear1.bias": "meta_net.linear1.bias",
+        "meta_net.linear2.weight": "meta_net.linear2.weight",
+        "meta_net.linear2.bias": "meta_net.linear2.bias",
+    },
+    "kgcoop": {"ctx": "context"},
+    "coop": {"ctx": "context"},
+}
+
+
+class _Inert:
+    """Stands for a class that Dassl stored beside the tensors; takes its attributes and does nothing."""
+
+
+def _empty(_factory: object = None) -> dict:
+    """Stands for a dictionary with a default."""
+    return {}
+
+
+# Dassl's warm-up scheduler holds the scheduler behind it, and that the optimizer: as objects, not as dictionaries.
+INERT = (
+    "torch.optim.lr_scheduler.CosineAnnealingLR",
+    "torch.optim.lr_scheduler.MultiStepLR",
+    "torch.optim.lr_scheduler.StepLR",
+    "torch.optim.adam.Adam",
+    "torch.optim.adamw.AdamW",
+    "torch.optim.sgd.SGD",
+)
+HARMLESS = [
+    argparse.Namespace,
+    dict,
+    (_empty, "collections.defaultdict"),  # of an optimizer's state, which torch's reader would refuse to fill
+    *((_Inert, name) for name in INERT),
+]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint of other code says.
+
+    Attributes:
+        file: it was read from.
+        method: name of our learner.
+        learned: its tensors in float32, under our names.
+        start_of_text: (W,) embedding of the start-of-text token of its backbone; None in GalLoP's.
+        arguments: of GalLoP's training script; empty for the others.
+    """
+
+    file: Path
+    method: str
+    learned: Mapping[str, Tensor]
+    start_of_text: Tensor | None
+    arguments: Mapping[str, Any]
+
+
+def read_checkpoint(file: Path) -> Checkpoint:
+    """Read a ``model.pth.tar-N`` of CoOp, CoCoOp or KgCoOp, or a ``.ckpt`` of GalLoP.
+
+    Raises:
+        InputError: no such file, one that needs code to be executed, or one without the tensors of these methods.
+    """
+    content = _read(file)
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict):
+        raise InputError(f"{file} must be a checkpoint of CoOp, CoCoOp, KgCoOp or GalLoP, but it has no state_dict")
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    method = _method(file, state)
+    if missing := NAMES[method].keys() - state.keys():
+        raise InputError(f"{file} is a checkpoint of {method} without the tensor {', '.join(sorted(missing))}")
+    learned = {ours: state[theirs].float() for theirs, ours in NAMES[method].items()}
+    start = state["token_prefix"][0, 0].float() if "token_prefix" in state else None
+    return Checkpoint(file, method, learned, start, vars(content.get("args", argparse.Namespace())))
+
+
+def _read(file: Path) -> Any:
+    if not file.is_file():
+        raise InputError(f"{file} must be a checkpoint, but there is no such file")
+    try:
+        with torch.serialization.safe_globals(HARMLESS):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
+        raise InputError(f"{file} must be a checkpoint that can be read without executing it: {reason}") from error
+
+
+def _method(file: Path, state: Mapping[str, Tensor]) -> str:
+    """The method that a state_dict belongs to."""
+    if "global_prompt" in state or "local_prompts" in state:
+        return "gallop"
+    if "ctx" not in state:
+        found = ", ".join(sorted(state)[:5]) or "nothing"
+        raise InputError(f"{file} must hold ctx (CoOp, CoCoOp, KgCoOp) or global_prompt (GalLoP), but it holds {found}")
+    if "bias_vectors" in state:  # unused by KgCoOp, and in no other
+        return "kgcoop"
+    return "cocoop" if any(name.startswith("meta_net.") for name in state) else "coop"

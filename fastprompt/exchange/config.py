@@ -1,0 +1,63 @@
+"""What import, export and words are asked for. The command line is made from these classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from fastprompt.experiment.config import BackboneConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig(BackboneConfig):
+    """Turn a checkpoint of CoOp, CoCoOp, KgCoOp (model.pth.tar-N) or GalLoP (.ckpt) into a run folder.
+
+    Nothing in the file is executed. The file does not name its classes, so they are named here.
+    """
+
+    file: Positional[Path]
+    """The checkpoint."""
+    out: Path
+    """Run folder to write."""
+    data: Path | None = None
+    """Data folder that it was trained on: gives the class names, and is what evaluate tests on."""
+    class_names: Path | None = None
+    """Text file with one class name a line, in the order of the labels, in place of the data folder."""
+    split_file: Path | None = None
+    """CoOp split file. Default: the one in the data folder, if there is one."""
+    keep_underscores: bool | None = None
+    """Read class names as written. Default: as the checkpoint's own code does, which is yes for GalLoP alone."""
+    classes: Literal["all", "base"] = "all"
+    """base: the checkpoint knows only the first half of the data folder's classes."""
+    position: Literal["end", "middle", "front"] = "end"
+    """Where CoOp's class name stood, which its checkpoint does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write the classifier of a run for use without this library."""
+
+    run: Positional[Path]
+    """Run folder."""
+    out: Path | None = None
+    """.safetensors: a (C, D) matrix and the preprocessing. .onnx: images in, logits out. Default: head.safetensors
+    in the run folder."""
+    class_names: tuple[str, ...] = ()
+    """Other classes than those of the run."""
+    device: str | None = None
+    """Where it runs. Default: cuda if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordsConfig:
+    """Show the words whose token embeddings are nearest to each learned context token. They rarely mean anything."""
+
+    run: Positional[Path]
+    """Run folder."""
+    top: int = 3
+    """How many words for each token."""
+    device: str | None = None
+    """Where it runs. Default: cuda if there is one."""

@@ -1,0 +1,155 @@
+"""The classifier of a run for use without this library: a matrix with its preprocessing, or ONNX."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastprompt.backbone import Backbone
+from fastprompt.errors import InputError
+from fastprompt.exchange.config import ExportConfig
+from fastprompt.experiment.use import load_run
+from fastprompt.learners import Learner
+from fastprompt.learners.conditional import ImageConditional
+
+logger = logging.getLogger(__name__)
+POOLED = "logits = logit_scale * normalise(pooled image feature) @ head.T"
+
+
+def export_run(config: ExportConfig) -> Path:
+    """Write the file that ``config`` asks for, and return it.
+
+    Raises:
+        InputError: a file of another kind, class names that the run cannot take, a learner without such a head, or
+            packages that are missing.
+    """
+    out = config.out or config.run / "head.safetensors"
+    writers = {".safetensors": write_head, ".onnx": write_onnx}
+    if out.suffix not in writers:
+        raise InputError(f"out: expected a file that ends in {' or '.join(writers)}, got {out}")
+    learner = load_run(config.run, device=config.device)
+    if config.class_names:
+        learner = learner.with_class_names(config.class_names)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    writers[out.suffix](learner, out)
+    return out
+
+
+@torch.no_grad()
+def linear_head(learner: Learner) -> tuple[Tensor, bool]:
+    """The matrix (C, D) that classifies pooled features, and whether it is the whole of the learner's prediction.
+
+    It is not where patches count too (GalLoP): then it holds the part for the pooled feature.
+
+    Raises:
+        InputError: a learner whose text depends on the image, and has no such matrix.
+    """
+    _check(learner)
+    backbone = learner.backbone
+    generator = torch.Generator().manual_seed(0)
+    features = backbone.encode_images(torch.randn(4, 3, *2 * [backbone.image_size], generator=generator))
+    head = learner.mean_text(features)[0]
+    logits = backbone.logit_scale * features.pooled @ head.T
+    return head, bool(torch.allclose(learner(features).logits, logits, rtol=0, atol=1e-3 * backbone.logit_scale))
+
+
+def write_head(learner: Learner, file: Path) -> None:
+    """Write ``linear_head`` as safetensors: tensor "head", and all that is needed to use it as metadata."""
+    head, whole = linear_head(learner)
+    if not whole:
+        logger.warning("%s scores patches too; the head is its part for the pooled feature alone", learner.method)
+    described = {name: json.dumps(value) for name, value in _described(learner).items()}
+    described |= {"formula": POOLED, "whole_prediction": json.dumps(whole)}
+    save_file({"head": head.float().cpu().contiguous()}, file, described)
+
+
+def write_onnx(learner: Learner, file: Path) -> None:
+    """Write image tower and learner as ONNX: "images" (B, 3, S, S), preprocessed, to "logits" (B, C).
+
+    Raises:
+        InputError: a learner whose text depends on the image, or the packages of the extra "onnx" are not installed.
+    """
+    _check(learner)
+    try:
+        import onnxscript  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise InputError(f"export to ONNX needs the package {error.name!r}: pip install 'fastprompt[onnx]'") from error
+    size = learner.backbone.image_size
+    images = torch.zeros(2, 3, size, size, device=learner.backbone.device, dtype=learner.backbone.dtype)
+    batch = torch.export.Dim("batch", min=1)
+    with torch.no_grad():
+        program = torch.export.export(_Classifier(learner, images), (images,), dynamic_shapes=({0: batch},))
+        program = program.run_decompositions(PLAIN)
+        written = torch.onnx.export(
+            program, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
+        )
+    written.model.metadata_props.update({name: json.dumps(value) for name, value in _described(learner).items()})
+    written.save(file, external_data=False)
+
+
+def _check(learner: Learner) -> None:
+    if isinstance(learner, ImageConditional):
+        raise InputError(
+            f"{learner.method} runs the text tower for every image and has no fixed text features, which export needs"
+        )
+
+
+class _Classifier(nn.Module):
+    """Images to logits, with the text features as constants."""
+
+    def __init__(self, learner: Learner, images: Tensor) -> None:
+        super().__init__()
+        learner = copy.copy(learner)
+        learner(learner.backbone.encode_images(images))  # fills what is computed once
+        text = learner.text_features()
+        learner.text_features = lambda: text
+        self.learner, self.backbone = learner, learner.backbone
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.learner(self.backbone.encode_images(images)).logits
+
+
+def _plain_topk_similarity(
+    patches: Tensor, prompts: Tensor, k: list[int], keep: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    """The operator of that name in operations that ONNX has."""
+    scores = torch.einsum("bpd,ncd->bncp", patches.float(), prompts.float())
+    scales = [k[start : start + len(k) // len(prompts)] for start in range(0, len(k), len(k) // len(prompts))]
+    pooled = [
+        torch.stack([scores[:, n].topk(scale).values.mean(dim=-1) for scale in of_prompt]).mean(dim=0)
+        for n, of_prompt in enumerate(scales)
+    ]
+    return torch.stack(pooled, dim=1), patches.new_empty(0)
+
+
+PLAIN = {torch.ops.fastprompt.topk_similarity.default: _plain_topk_similarity}
+
+
+def _described(learner: Learner) -> dict[str, Any]:
+    """What a user of the exported file has to know."""
+    return {
+        "method": learner.method,
+        "class_names": list(learner.class_names),
+        "backbone": learner.backbone.name,
+        "pretrained": learner.backbone.pretrained,
+        "logit_scale": learner.backbone.logit_scale,
+        "preprocessing": _preprocessing(learner.backbone),
+    }
+
+
+def _preprocessing(backbone: Backbone) -> dict[str, Any]:
+    """How an RGB image becomes the tower's input: resized, cropped in the centre, scaled to 0..1, normalised."""
+    return {
+        "size": backbone.image_size,
+        "resize_mode": backbone.resize_mode,
+        "interpolation": backbone.interpolation,
+        "mean": backbone.mean,
+        "std": backbone.std,
+    }

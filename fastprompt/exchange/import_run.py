@@ -1,0 +1,115 @@
+"""From a checkpoint of other code to a run folder of ours."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from fastprompt.backbone import Backbone, load_backbone
+from fastprompt.data import load_dataset, select_classes
+from fastprompt.errors import InputError
+from fastprompt.exchange.checkpoint import Checkpoint, read_checkpoint
+from fastprompt.exchange.config import ImportConfig
+from fastprompt.exchange.words import token_embeddings
+from fastprompt.learners import Learner, make_learner
+from fastprompt.learners.stored import restore_learned
+from fastprompt.training import RunFolder
+
+# CoOp's family stores half precision. Start-of-text embeddings of different CLIPs differ in the first digit.
+SAME_EMBEDDING = 1e-2
+
+
+def import_run(config: ImportConfig, *, backbone: Backbone | None = None) -> RunFolder:
+    """Read a checkpoint and write it as a finished run, which evaluate, predict, explain and export take.
+
+    Args:
+        config: what to read, and where its class names are.
+        backbone: the one that ``config`` names, if it is loaded already.
+
+    Raises:
+        InputError: an unreadable checkpoint, one of another backbone or of another number of classes, or a folder
+            that is in use.
+    """
+    checkpoint = read_checkpoint(config.file)
+    keep = checkpoint.method == "gallop" if config.keep_underscores is None else config.keep_underscores
+    class_names = _class_names(config, keep)
+    name, weights = config.backbone_and_weights()
+    if backbone is None:
+        place = {"device": config.device, "precision": config.precision, "cache_dir": config.weights_dir}
+        backbone = load_backbone(name, weights, **place)
+    _check_backbone(checkpoint, backbone)
+    learner = _learner(checkpoint, backbone, class_names, config)
+    described = {
+        "method": learner.method,
+        "imported_from": config.file.resolve(),
+        "backbone": name,
+        "pretrained": weights,
+        "precision": config.precision,
+        "data": None if config.data is None else config.data.resolve(),
+        "split_file": None if config.split_file is None else config.split_file.resolve(),
+        "keep_underscores": keep,
+        "classes": config.classes,
+        "zero_shot_template": "a photo of a {}.",
+    }
+    run = RunFolder.create_or_resume(config.out, described)
+    weights_dir = None if config.weights_dir is None else str(config.weights_dir.resolve())
+    run.save_model(learner, {"options": learner.options, "weights_dir": weights_dir})
+    return run
+
+
+def _class_names(config: ImportConfig, keep_underscores: bool) -> tuple[str, ...]:
+    if (config.data is None) == (config.class_names is None):
+        raise InputError("class names: expected either --data or --class-names, as the checkpoint does not name them")
+    if config.class_names is not None:
+        lines = config.class_names.read_text(encoding="utf-8").splitlines()
+        return tuple(line if keep_underscores else line.replace("_", " ") for line in lines if line.strip())
+    dataset = load_dataset(config.data, split_file=config.split_file, keep_underscores=keep_underscores)
+    return select_classes(dataset.train, config.classes).class_names
+
+
+def _check_backbone(checkpoint: Checkpoint, backbone: Backbone) -> None:
+    """Raise ``InputError`` where the checkpoint was trained on another backbone, as far as it tells."""
+    other = f"{checkpoint.file} was trained on another backbone than {backbone.name!r}"
+    prompts = next(iter(checkpoint.learned.values()))
+    if prompts.shape[-1] != backbone.text_width:
+        raise InputError(
+            f"{other}: its contexts are {prompts.shape[-1]} wide, and the text tower {backbone.text_width}"
+        )
+    if checkpoint.start_of_text is not None:
+        start = token_embeddings(backbone)[backbone.tokenizer.start_of_text].cpu()
+        if (start - checkpoint.start_of_text).abs().max() > SAME_EMBEDDING * start.abs().max():
+            raise InputError(f"{other}: its embedding of the start of text is a different one")
+    projection = checkpoint.learned.get("local_projection")
+    if projection is not None and len(projection) != backbone.patch_width:
+        raise InputError(f"{other}: its projection takes {len(projection)} numbers, a patch has {backbone.patch_width}")
+    named = str(checkpoint.arguments.get("clip_name", ""))  # such as clip_vit_b16
+    theirs, ours = re.fullmatch(r"clip_vit_b(\d+)", named), re.search(r"ViT-B-(\d+)", backbone.name)
+    if theirs and ours and theirs[1] != ours[1]:
+        raise InputError(f"{other}: its training script was run with {named}")
+
+
+def _learner(checkpoint: Checkpoint, backbone: Backbone, class_names: tuple[str, ...], config: ImportConfig) -> Learner:
+    """Our learner with the checkpoint's tensors."""
+    learned, options = checkpoint.learned, _options(checkpoint, config)
+    own = learned["context"].dim() == 3 if "context" in learned else False
+    if own and len(learned["context"]) != len(class_names):
+        classes = len(learned["context"])
+        raise InputError(f"{checkpoint.file} has contexts of {classes} classes, but {len(class_names)} are named")
+    learner = make_learner(checkpoint.method, backbone, class_names, **options)
+    restore_learned(learner, learned, checkpoint.file)
+    return learner
+
+
+def _options(checkpoint: Checkpoint, config: ImportConfig) -> dict[str, Any]:
+    """What our learner is made from, as far as tensors and arguments of the training tell."""
+    learned = checkpoint.learned
+    if checkpoint.method != "gallop":
+        own = {"class_specific": learned["context"].dim() == 3, "position": config.position}
+        return {"context": learned["context"].shape[-2]} | (own if checkpoint.method == "coop" else {})
+    prompts, (local, tokens, _) = learned["global_prompts"], learned["local_prompts"].shape
+    k = list(checkpoint.arguments.get("topk", (5, 10, 15, 20)))
+    k = k * local if len(k) == 1 else k
+    if len(k) != local:
+        raise InputError(f"{checkpoint.file} has {local} local prompts, but its training script was given topk = {k}")
+    dropout = checkpoint.arguments.get("global_dropout_p", 0.75)
+    return {"global_prompts": len(prompts), "k": k, "dropout": dropout, "context": tokens}

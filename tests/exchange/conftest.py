@@ -1,0 +1,63 @@
+"""Checkpoints as other code writes them, and a folder that the small model is loaded from."""
+
+import argparse
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+
+from tests.experiment.conftest import common, model_folder, photos  # noqa: F401
+
+
+class ConstantWarmup(LRScheduler):
+    """As Dassl's: holds the scheduler that follows it, which its state_dict therefore holds as an object."""
+
+    def __init__(self, optimizer, successor):
+        self.successor = successor
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        return [1e-5 for _ in self.base_lrs]
+
+
+class Prompts(nn.Module):
+    """A CoOp-like PromptLearner: parameters and buffers by name."""
+
+    def __init__(self, parameters, buffers):
+        super().__init__()
+        for name, value in parameters.items():
+            module = self
+            *path, last = name.split(".")
+            for part in path:
+                if not hasattr(module, part):
+                    module.add_module(part, nn.Module())
+                module = getattr(module, part)
+            module.register_parameter(last, nn.Parameter(value))
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+
+
+def save_dassl(file, parameters, buffers):
+    """A model.pth.tar-N of Dassl after one step of SGD with its warm-up scheduler, in half precision as CoOp's."""
+    model = Prompts({name: value.half() for name, value in parameters.items()}, buffers)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.002, momentum=0.9, weight_decay=5e-4)
+    scheduler = ConstantWarmup(optimizer, CosineAnnealingLR(optimizer, 10.0))
+    model.zero_grad()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "val_result": None}
+    torch.save({"state_dict": model.state_dict(), "epoch": 10, **state}, file)
+
+
+def save_gallop(file, parameters, **arguments):
+    """A .ckpt of GalLoP: its three tensors, and the arguments of its script as a namespace."""
+    given = {"clip_name": "clip_vit_b16", "topk": [1, 3], "global_dropout_p": 0.5, **arguments}
+    state = {"epoch": 49, "train_meter": {"top1": torch.tensor(0.5)}, "scaler": None, "optimizer": {}, "scheduler": {}}
+    torch.save({"state_dict": dict(parameters), **state, "args": argparse.Namespace(**given)}, file)
+
+
+@pytest.fixture
+def random():
+    return torch.Generator().manual_seed(7)

@@ -1,0 +1,169 @@
+"""Checkpoints of other code become runs that compute what they computed; none is executed."""
+
+import argparse
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip import SimpleTokenizer
+
+from benchmarks.peers import encode_padded
+from fastprompt import InputError, load_backbone
+from fastprompt.cli import main
+from fastprompt.exchange.checkpoint import read_checkpoint
+from fastprompt.experiment.use import load_run
+from tests.exchange.conftest import save_dassl, save_gallop
+
+NAMES = ("dark_blue", "green", "red", "yellow")
+
+
+@pytest.fixture
+def backbone(model_folder):
+    return load_backbone(f"local-dir:{model_folder}", device="cpu")
+
+
+@pytest.fixture
+def names(tmp_path):
+    (tmp_path / "classes.txt").write_text("\n".join(NAMES) + "\n")
+    return tmp_path / "classes.txt"
+
+
+@pytest.fixture
+def start(backbone):
+    return backbone.model.token_embedding.weight[49406].detach().half()
+
+
+def buffers(start):
+    return {"token_prefix": start.expand(4, 1, -1).clone(), "token_suffix": torch.zeros(4, 70, 48).half()}
+
+
+def bring_in(file, model_folder, *more):
+    return main(["import", str(file), "--backbone", f"local-dir:{model_folder}", "--out", "run", *map(str, more)])
+
+
+def text_of(backbone, context, names, suffix="."):
+    ids = SimpleTokenizer()([f"{name}{suffix}" for name in names], context_length=77)
+    return encode_padded(backbone.model, context, ids)
+
+
+def images():
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("method", ["coop", "kgcoop"])
+def test_coop_and_kgcoop(method, backbone, model_folder, names, start, random, common, tmp_path):
+    context = 0.3 * torch.randn(4, 48, generator=random)
+    unused = {"bias_vectors": torch.zeros(1, 48), "meta_net.linear1.weight": torch.zeros(48, 48)}
+    save_dassl(
+        tmp_path / "model.pth.tar-10", {"ctx": context, **(unused if method == "kgcoop" else {})}, buffers(start)
+    )
+    assert bring_in(tmp_path / "model.pth.tar-10", model_folder, "--class-names", names) == 0
+    learner, features = load_run("run", backbone=backbone), backbone.encode_images(images())
+    assert (learner.method, learner.class_names) == (method, ("dark blue", "green", "red", "yellow"))
+    text = text_of(backbone, context.half().float()[None], learner.class_names)[0]
+    torch.testing.assert_close(learner(features).logits, backbone.logit_scale * features.pooled @ text.T)
+
+
+def test_class_specific_coop_counts_its_classes(model_folder, names, start, random, common, tmp_path, capsys):
+    save_dassl(tmp_path / "c", {"ctx": torch.randn(4, 2, 48, generator=random)}, buffers(start))
+    assert bring_in(tmp_path / "c", model_folder, "--class-names", names) == 0
+    assert load_run("run", device="cpu").class_specific
+    names.write_text("one\ntwo\n")
+    assert bring_in(tmp_path / "c", model_folder, "--class-names", names) == 2
+    assert "has contexts of 4 classes, but 2 are named" in capsys.readouterr().err
+
+
+def test_cocoop(backbone, model_folder, names, start, random, common, tmp_path):
+    shapes = {"linear1.weight": (2, 32), "linear1.bias": (2,), "linear2.weight": (48, 2), "linear2.bias": (48,)}
+    tensors = {f"meta_net.{name}": 0.3 * torch.randn(shape, generator=random) for name, shape in shapes.items()}
+    tensors["ctx"] = 0.3 * torch.randn(4, 48, generator=random)
+    save_dassl(tmp_path / "model.pth.tar-10", tensors, buffers(start))
+    assert bring_in(tmp_path / "model.pth.tar-10", model_folder, "--class-names", names) == 0
+    learner, features = load_run("run", backbone=backbone), backbone.encode_images(images())
+    w1, b1, w2, b2 = (tensors[f"meta_net.{name}"].half().float() for name in shapes)
+    shift = F.linear(F.linear(features.pooled, w1, b1).relu(), w2, b2)
+    contexts = tensors["ctx"].half().float() + shift[:, None]
+    text = text_of(backbone, contexts, learner.class_names)  # (B, C, D)
+    expected = backbone.logit_scale * (features.pooled[:, None] * text).sum(dim=-1)
+    torch.testing.assert_close(learner(features).logits, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.fixture
+def gallop(random):
+    return {
+        "global_prompt": 0.3 * torch.randn(3, 4, 48, generator=random),
+        "local_prompts": 0.3 * torch.randn(2, 4, 48, generator=random),
+        "local_proj.linear.weight": torch.eye(64) + 0.1 * torch.randn(64, 64, generator=random),
+    }
+
+
+def test_gallop(gallop, model_folder, photos, common, tmp_path):
+    save_gallop(tmp_path / "gallop.ckpt", gallop)
+    assert bring_in(tmp_path / "gallop.ckpt", model_folder, "--data", photos) == 0
+    learner = load_run("run", device="cpu")
+    assert learner.class_names == NAMES  # with underscores, as its own code has them
+    assert (learner.k, learner.dropout, len(learner.global_prompts)) == ((1, 3), 0.5, 3)
+    torch.testing.assert_close(learner.global_prompts.data, gallop["global_prompt"])
+    torch.testing.assert_close(learner.local_prompts.data, gallop["local_prompts"])
+    torch.testing.assert_close(learner.local_projection.data, gallop["local_proj.linear.weight"])
+    assert main(["evaluate", "run", "--no-cache"]) == 0
+
+
+def test_evaluate_asks_for_data_where_there_is_none(gallop, model_folder, names, common, tmp_path, capsys):
+    save_gallop(tmp_path / "gallop.ckpt", gallop)
+    assert bring_in(tmp_path / "gallop.ckpt", model_folder, "--class-names", names) == 0
+    assert main(["evaluate", "run"]) == 2
+    assert "expected a data folder to test on, as run was imported without one" in capsys.readouterr().err
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_nothing_is_executed(common, tmp_path):
+    torch.save({"state_dict": {"ctx": torch.zeros(4, 48)}, "args": Bomb()}, tmp_path / "bomb")
+    with pytest.raises(InputError, match="must be a checkpoint that can be read without executing it"):
+        read_checkpoint(tmp_path / "bomb")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_bad_checkpoints_get_one_sentence(gallop, start, model_folder, names, common, tmp_path, capsys):
+    file = tmp_path / "file"
+
+    def complaint(*more):
+        assert bring_in(file, model_folder, *(more or ("--class-names", names))) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    assert "there is no such file" in complaint()
+    torch.save([1], file)
+    assert "it has no state_dict" in complaint()
+    torch.save({"state_dict": {"weight": torch.zeros(1)}}, file)
+    assert "it holds weight" in complaint()
+    save_gallop(file, {"global_prompt": gallop["global_prompt"], "local_prompts": gallop["local_prompts"]})
+    assert "is a checkpoint of gallop without the tensor local_proj.linear.weight" in complaint()
+    save_gallop(file, gallop, topk=[1, 2, 3])
+    assert "has 2 local prompts, but its training script was given topk = [1, 2, 3]" in complaint()
+    save_gallop(file, {**gallop, "local_proj.linear.weight": torch.eye(65)})
+    assert "was trained on another backbone" in complaint()
+    save_gallop(file, {**gallop, "global_prompt": torch.zeros(3, 4, 49)})
+    assert "its contexts are 49 wide, and the text tower 48" in complaint()
+    save_dassl(file, {"ctx": torch.zeros(4, 48)}, buffers(start + 0.5))
+    assert "its embedding of the start of text is a different one" in complaint()
+    save_dassl(file, {"ctx": torch.zeros(4, 48)}, buffers(start))
+    assert "expected either --data or --class-names" in complaint("--precision", "fp32")
+
+
+def test_the_script_of_gallop_names_its_tower(gallop, vit_backbone, tmp_path):
+    from fastprompt.exchange.import_run import _check_backbone
+    from tests.models import make_backbone
+
+    save_gallop(tmp_path / "file", gallop, clip_name="clip_vit_b32")
+    checkpoint = read_checkpoint(tmp_path / "file")
+    _check_backbone(checkpoint, make_backbone(vit_backbone.model, "ViT-B-32-quickgelu"))
+    with pytest.raises(InputError, match="its training script was run with clip_vit_b32"):
+        _check_backbone(checkpoint, make_backbone(vit_backbone.model, "ViT-B-16-quickgelu"))
+    assert isinstance(argparse.Namespace(**checkpoint.arguments), argparse.Namespace)
