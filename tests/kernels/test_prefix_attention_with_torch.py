@@ -5,7 +5,7 @@ import torch
 from fastprompt_kernels import prefix_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPAQUE = ["blocked"]
+OPAQUE = ["blocked", "triton"]
 each_implementation = pytest.mark.parametrize("impl", ["reference", "sdpa", *OPAQUE])
 TOKENS, SEQUENCE, SLOTS = torch.ones(2, 11, 3, 2, 4), torch.arange(8).view(2, 4) // 2, torch.tensor([[1, 3], [0, 3]])
 QUERIES = torch.ones(2, 4, 2, 4)

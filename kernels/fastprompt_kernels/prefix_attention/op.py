@@ -11,6 +11,8 @@ from torch import Tensor
 from ..implementations import cast_by_autocast, runs_triton
 from . import blocked, reference, sdpa
 
+# The most tokens of a prefix, slots of a row and elements of a head that the tiles of the Triton kernels hold.
+LARGEST = 128
 COMPOSED = {"reference": reference, "sdpa": sdpa}
 
 
@@ -91,7 +93,10 @@ class _Gradients(torch.autograd.Function):
 
 def _implementation(impl: str, like: Tensor, sequence: Tensor) -> ModuleType:
     """The module that runs this call. It is chosen here, out of sight of torch.compile, alike forward and backward."""
-    if not runs_triton(impl, like.device, like.dtype):
+    too_much = None
+    if max(sizes := (like.shape[1] - sequence.numel(), sequence.shape[1], like.shape[-1])) > LARGEST:
+        too_much = f"the kernels hold S, width and d of up to {LARGEST} in registers, not {sizes}"
+    if not runs_triton(impl, like.device, like.dtype, too_much):
         return blocked
     from . import triton
 
