@@ -44,9 +44,9 @@ def prefix_attention(
             `queries` only. Where the tensor is compiled or not on the CPU it is not checked, because that would wait
             for the device.
         impl: "reference" (plain torch, the definition), "sdpa" (torch's scaled_dot_product_attention, any device),
-            "blocked" (plain torch, bounded memory, any device), "triton" (fused kernels: CUDA and ROCm, float32,
-            float16 and bfloat16), or "auto": triton where it can run, blocked elsewhere. What is named explicitly is
-            run or refused, never replaced.
+            "blocked" (plain torch, bounded memory, any device), "triton" (fused kernels: CUDA and ROCm, float16 and
+            bfloat16, S, width and d up to 64), or "auto": triton where it can run, blocked elsewhere. What is named
+            explicitly is run or refused, never replaced.
 
     Returns:
         (G, T, H * d), or (G, rows * E, H * d) with `queries`.

@@ -1,7 +1,7 @@
 """Triton kernels of prefix_attention: scores and probabilities stay in registers, and nothing is kept in memory.
 
-A program has the keys and values of one row, head and group, and of its prefix, and goes through the queries of the
-row; as it sees all keys at once, the softmax is made in one piece. The backward pass makes the probabilities again and
+A program belongs to one row, head and group, and goes through the queries of the row; as it sees all keys of row and
+prefix at once, the softmax is made in one piece. The backward pass makes the probabilities again and
 carries the gradients of keys and values in registers, so each is written once. Only the gradient of the prefix is a sum
 over rows: each row writes its part, and the parts are added in their order. One more program is that of the prefix
 itself, whose tokens ask and see no row.
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_launch import dot_dtype
+from ..triton_launch import architecture, dot_dtype
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _store(first, rows, stride, count, D, tile, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _place(row, rows, S, WIDTH, E, ALL: tl.constexpr):
-    """The first query of a program, how many there are, and how many keys the row has: the prefix has none beside it."""
+    """The first query of a program, how many it has, and how many keys are in its row: none if it is the prefix's."""
     of_prefix = row == rows
     if ALL:
         return tl.where(of_prefix, 0, S + row * WIDTH), tl.where(of_prefix, S, WIDTH), tl.where(of_prefix, 0, WIDTH)
@@ -82,12 +82,6 @@ def attention_kernel(
     stride = kinds * H * D
     prefix = tokens + _first_token(group, 0, T, kinds, H, D) + ((kinds - 2) * H + head) * D
     keys = tokens + _first_token(group, S + row * WIDTH, T, kinds, H, D) + ((kinds - 2) * H + head) * D
-    k_prefix, v_prefix = (
-        _tile(prefix, s, stride, S, D, BLOCK_D, DOT), _tile(prefix + H * D, s, stride, S, D, BLOCK_D, DOT)
-    )  # fmt: skip
-    k_row, v_row = (
-        _tile(keys, slot, stride, own, D, BLOCK_D, DOT), _tile(keys + H * D, slot, stride, own, D, BLOCK_D, DOT)
-    )  # fmt: skip
     numbers = tl.load(sequence + row * WIDTH + slot, mask=slot < own, other=0)
     query_kinds: tl.constexpr = 3 if ALL else 1
     per_group = T if ALL else rows * E
@@ -95,10 +89,14 @@ def attention_kernel(
     target = result + _first_token(group, first_query, per_group, 1, H, D) + head * D
     for start in range(0, asking, BLOCK_Q):
         i = start + tl.arange(0, BLOCK_Q)
+        k_prefix = _tile(prefix, s, stride, S, D, BLOCK_D, DOT)
+        k_row = _tile(keys, slot, stride, own, D, BLOCK_D, DOT)
         q = _tile(source, i, query_kinds * H * D, asking, D, BLOCK_D, DOT)
         of_prefix, of_row = _probabilities(
             q, k_prefix, k_row, i, own, numbers, sequence, slots, row, scale, S, WIDTH, E, ALL, BLOCK_S, BLOCK_W
         )
+        v_prefix = _tile(prefix + H * D, s, stride, S, D, BLOCK_D, DOT)
+        v_row = _tile(keys + H * D, slot, stride, own, D, BLOCK_D, DOT)
         total = tl.dot(of_prefix.to(DOT), v_prefix, input_precision="ieee")
         total = tl.dot(of_row.to(DOT), v_row, total, input_precision="ieee")
         _store(target, i, H * D, asking, D, total, BLOCK_D)
@@ -122,12 +120,6 @@ def attention_grad_kernel(
     prefix = tokens + _first_token(group, 0, T, kinds, H, D) + ((kinds - 2) * H + head) * D
     offset = _first_token(group, S + row * WIDTH, T, kinds, H, D) + ((kinds - 2) * H + head) * D
     keys = tokens + offset
-    k_prefix, v_prefix = (
-        _tile(prefix, s, stride, S, D, BLOCK_D, DOT), _tile(prefix + H * D, s, stride, S, D, BLOCK_D, DOT)
-    )  # fmt: skip
-    k_row, v_row = (
-        _tile(keys, slot, stride, own, D, BLOCK_D, DOT), _tile(keys + H * D, slot, stride, own, D, BLOCK_D, DOT)
-    )  # fmt: skip
     numbers = tl.load(sequence + row * WIDTH + slot, mask=slot < own, other=0)
     query_kinds: tl.constexpr = 3 if ALL else 1
     per_group = T if ALL else rows * E
@@ -138,6 +130,9 @@ def attention_grad_kernel(
     of_k_row, of_v_row = tl.zeros((BLOCK_W, BLOCK_D), tl.float32), tl.zeros((BLOCK_W, BLOCK_D), tl.float32)
     for start in range(0, asking, BLOCK_Q):
         i = start + tl.arange(0, BLOCK_Q)
+        # Keys and values are loaded where they are used, from the nearest cache: they would fill the registers.
+        k_prefix = _tile(prefix, s, stride, S, D, BLOCK_D, DOT)
+        k_row = _tile(keys, slot, stride, own, D, BLOCK_D, DOT)
         q = _tile(queries + source, i, query_kinds * H * D, asking, D, BLOCK_D, DOT)
         above_q = _tile(above, i, H * D, asking, D, BLOCK_D, DOT)
         p_prefix, p_row = _probabilities(
@@ -145,6 +140,8 @@ def attention_grad_kernel(
         )
         of_v_prefix = tl.dot(tl.trans(p_prefix.to(DOT)), above_q, of_v_prefix, input_precision="ieee")
         of_v_row = tl.dot(tl.trans(p_row.to(DOT)), above_q, of_v_row, input_precision="ieee")
+        v_prefix = _tile(prefix + H * D, s, stride, S, D, BLOCK_D, DOT)
+        v_row = _tile(keys + H * D, slot, stride, own, D, BLOCK_D, DOT)
         of_p_prefix = tl.dot(above_q, tl.trans(v_prefix), input_precision="ieee")
         of_p_row = tl.dot(above_q, tl.trans(v_row), input_precision="ieee")
         mean = (tl.sum(p_prefix * of_p_prefix, 1) + tl.sum(p_row * of_p_row, 1))[:, None]
@@ -171,7 +168,7 @@ def forward(tokens: Tensor, queries: Tensor | None, sequence: Tensor, slots: Ten
     (G, _, _, H, d), Q = tokens.shape, source.shape[1]
     result = torch.empty(G, Q, H * d, dtype=tokens.dtype, device=tokens.device)
     if G > 0:
-        grid, arguments = _launch(tokens, sequence, slots)
+        grid, arguments = _launch(tokens, sequence, slots, backward=False)
         attention_kernel[grid](tokens, source, *_integers(sequence, slots), result, **arguments)
     return result
 
@@ -186,7 +183,7 @@ def backward(
     of_source = of_tokens if queries is None else torch.empty_like(source)
     (G, _, _, H, d), shared = tokens.shape, tokens.shape[1] - sequence.numel()
     if G > 0:
-        grid, arguments = _launch(tokens, sequence, slots)
+        grid, arguments = _launch(tokens, sequence, slots, backward=True)
         of_prefix = torch.empty(grid[0], 2, G, H, shared, d, dtype=torch.float32, device=tokens.device)
         attention_grad_kernel[grid](
             grad.contiguous(), tokens, source, *_integers(sequence, slots), of_tokens, of_source, of_prefix, **arguments
@@ -201,17 +198,33 @@ def _integers(sequence: Tensor, slots: Tensor | None) -> tuple[Tensor, Tensor]:
     return sequence, sequence if slots is None else slots.contiguous()
 
 
-def _launch(tokens: Tensor, sequence: Tensor, slots: Tensor | None) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """The grid, and what both kernels are given besides tensors."""
+def _launch(
+    tokens: Tensor, sequence: Tensor, slots: Tensor | None, *, backward: bool
+) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """The grid, and what a kernel is given besides tensors."""
     (G, T, _, H, d), (rows, width) = tokens.shape, sequence.shape
     S = T - rows * width
     sizes = {"rows": rows, "T": T, "S": S, "WIDTH": width, "E": width if slots is None else slots.shape[1]}
-    options = {"ALL": slots is None, "DOT": dot_dtype(tokens.dtype), **launch_blocks(tokens.dtype, S, width, d)}
+    options = {
+        "ALL": slots is None,
+        "DOT": dot_dtype(tokens.dtype),
+        **launch_blocks(architecture(tokens.device), S, backward),
+    }
     return (rows + (slots is None), H, G), {**sizes, "H": H, "D": d, "scale": d**-0.5, **options}
 
 
-def launch_blocks(dtype: torch.dtype, S: int, width: int, d: int) -> dict[str, int]:
-    """Tile sizes and warps of both kernels."""
-    blocks = {"BLOCK_S": S, "BLOCK_W": width, "BLOCK_D": d}
-    blocks = {name: max(16, triton.next_power_of_2(size)) for name, size in blocks.items()}
-    return {**blocks, "BLOCK_Q": 32 if dtype.itemsize == 2 else 16, "num_warps": 8, "num_stages": 1}
+def launch_blocks(target: str, S: int, backward: bool) -> dict[str, int]:
+    """Tile sizes and warps of a kernel for an architecture: as many queries at a time as spill nothing.
+
+    Rows and heads are padded to 64 always: the heads of CLIP's text towers have 64 elements. The products of sm_90 and
+    sm_100 have 64 rows at least, or fall back to the instructions of sm_80. On gfx942 every warp holds all keys in its
+    registers; with 4 warps each thread has 512 of them.
+    """
+    if target == "gfx942":
+        queries, warps = 16, 4 if backward else 8
+    else:
+        queries, warps = 32 if backward or target == "sm_80" else 64, 8
+    blocks = {"BLOCK_Q": queries, "BLOCK_S": max(16, triton.next_power_of_2(S)), "BLOCK_W": 64, "BLOCK_D": 64}
+    # Left alone, ptxas stops at 128 registers there and spills a few bytes.
+    limit = {"maxnreg": 168} if target == "sm_80" and not backward else {}
+    return {**blocks, "num_warps": warps, "num_stages": 1, **limit}
