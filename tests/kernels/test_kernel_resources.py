@@ -14,7 +14,7 @@ from benchmarks import kernel_table, results, triton_row_maximum
 
 # The most shared memory that one program may use, and the registers that one thread may have.
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-REGISTERS = {"sm_80": 255, "sm_90": 255, "sm_100": 255, "gfx942": 256}
+REGISTERS = {"sm_80": 255, "sm_90": 255, "sm_100": 255, "gfx942": 256}  # with 8 warps; gfx942 has 512 with 4
 TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 # Instructions of sm_90 an element of 256 columns, bf16: by K, whether selection bits are written, and their scales.
 BUDGET = {
@@ -27,10 +27,11 @@ def check(rows):
     """The requirements on every row."""
     for row in rows:
         assert row.spilled == 0, row
-        assert row.registers <= REGISTERS[row.target], row
+        few_warps = row.target == "gfx942" and "num_warps=4" in row.blocks
+        assert row.registers <= REGISTERS[row.target] * (1 + few_warps), row
         assert row.shared <= SHARED[row.target], row
         if row.dtype != "fp32":
-            assert row.tensor_core == TENSOR_CORE[row.target], row
+            assert TENSOR_CORE[row.target] in row.tensor_core.split(), row
         if has_budget(row):
             assert float(row.per_element) <= BUDGET[row.k, row.keep, row.scales], row
 
@@ -46,6 +47,8 @@ def telling(configuration):
     int64 = ("INDEX", 64) in configuration.blocks
     if name == "sinkhorn_kernel":
         return not int64 and patches == 196
+    if name.startswith("attention"):
+        return dtype == "bf16" and {("BLOCK_S", 16), ("ALL", 1)} <= set(configuration.blocks)
     if name != "forward_kernel":
         return dtype == "bf16" and not int64 and (target != "gfx942" or patches == 0)
     if target == "sm_90":
