@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from fastprompt_kernels import triton_sorting
 from fastprompt_kernels.patch_statistics import triton as statistics
+from fastprompt_kernels.resized_crop import triton as crops
 from fastprompt_kernels.topk_similarity import triton as launch
 from fastprompt_kernels.topk_similarity import triton_backward, triton_forward
 from triton.backends.compiler import GPUTarget
@@ -109,10 +110,12 @@ KERNELS: dict[str, tuple[object, tuple[ModuleType, ...]]] = {
     "row_maximum_kernel": (row_maximum_kernel, (triton_forward,)),
     "statistics_kernel": (statistics.statistics_kernel, (statistics,)),
     "statistics_grad_kernel": (statistics.statistics_grad_kernel, (statistics,)),
+    "resized_crop_kernel": (crops.resized_crop_kernel, (crops,)),
 }
 FEATURES = ("patches", "prompts", "result", "mine", "others")
-FLOATS = ("values", "level_grad", "partial", "maximum", "logsumexp", "entropy", "grads", "unit")
-POINTERS = dict.fromkeys(FLOATS, "*fp32") | {"selected": "*i32", "largest": "*i32", "rank": "*i64", "labels": "*i64"}
+FLOATS = ("values", "level_grad", "partial", "maximum", "logsumexp", "entropy", "grads", "unit", "mean", "std")
+INT64S = ("rank", "labels", "table")
+POINTERS = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(INT64S, "*i64") | {"selected": "*i32", "largest": "*i32"}
 MULTIPLES_OF_16 = (
     "D", "stride_patches_b", "stride_patches_p", "stride_prompts_n", "stride_prompts_c", "stride_mine_outer",
     "stride_mine_inner", "stride_others_outer", "stride_others_inner",
@@ -125,6 +128,7 @@ def configurations(targets: Iterable[str] = TARGETS, dtypes: Iterable[torch.dtyp
     for dtype in dtypes:
         for target in targets:
             yield from _statistics(target, dtype)
+            yield from _crops(target, dtype)
             for usual in _similarity(target, dtype):
                 yield usual
                 if usual.kernel == "grad_prompts_kernel":
@@ -144,6 +148,14 @@ def _statistics(target: str, dtype: torch.dtype) -> Iterator[Configuration]:
         for of_patches in (0, 1):
             blocks = (*statistics.backward_blocks(target, dtype, index).items(), ("PATCHES", of_patches), *bits)
             yield Configuration("statistics_grad_kernel", target, dtype, 0, 0, True, 1, blocks)
+
+
+def _crops(target: str, dtype: torch.dtype) -> Iterator[Configuration]:
+    """Those of resized_crop, whose sums are float32; the dtype of the result matters to its last instruction alone."""
+    if dtype == torch.float32:
+        for levels, cubic in product((0, 1), (0, 1)):
+            blocks = (*crops.launch_blocks(bool(levels)).items(), ("LEVELS", levels), ("CUBIC", cubic))
+            yield Configuration("resized_crop_kernel", target, dtype, 0, 0, False, 1, blocks)
 
 
 def _similarity(target: str, dtype: torch.dtype) -> Iterator[Configuration]:
@@ -192,6 +204,7 @@ def compiled(configuration: Configuration) -> triton.compiler.CompiledKernel:
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     constants.update({name: 1 for name in kernel.arg_names if name.startswith("stride") and name.endswith("s_d")})
     pointers = dict.fromkeys(FEATURES, "*" + TYPES[configuration.dtype]) | POINTERS
+    pointers["pixels"] = "*u8" if blocks.get("LEVELS") else "*fp32"
 
     def kind(name: str) -> str | tuple[str, ...]:
         if name in constants:
@@ -201,7 +214,7 @@ def compiled(configuration: Configuration) -> triton.compiler.CompiledKernel:
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)
-        if (name in pointers and name != "values") or name in MULTIPLES_OF_16
+        if (name in pointers and name not in ("values", "std")) or name in MULTIPLES_OF_16
     }
     signature = {name: kind(name) for name in kernel.arg_names}
     return triton.compile(

@@ -33,6 +33,8 @@ def check(rows):
 def telling(configuration):
     """Few configurations: each target, kernel and tile shape, and what comes closest to the limits."""
     name, target, dtype, patches, k, keep, scales = resources.key(configuration)[:7]
+    if name == "resized_crop_kernel":
+        return {("LEVELS", 1), ("CUBIC", 1)} <= set(configuration.blocks)
     if name != "forward_kernel":
         int64 = ("INDEX", 64) in configuration.blocks
         return dtype == "bf16" and not int64 and (target != "gfx942" or patches == 0)
