@@ -16,9 +16,9 @@ def test_crops_are_torchvisions_for_the_same_stream(height, width):
             torch.manual_seed(seed)
             box = v2.RandomResizedCrop(32, scale=(0.08, 1.0)).make_params([ramp])
             flipped = bool(v2.RandomHorizontalFlip()(ramp)[0, 0, 0] != 0)
-        crops = seeded_crops(torch.tensor([[height, width]]), [seed])
-        assert crops.boxes[0].tolist() == [box[name] for name in ("top", "left", "height", "width")]
-        assert crops.flips.tolist() == [flipped]
+        crops = seeded_crops(torch.tensor([[9, 9], [height, width]]), [99, seed])
+        assert crops.boxes[1].tolist() == [box[name] for name in ("top", "left", "height", "width")]
+        assert crops.flips[1] == flipped
 
 
 def test_crops_of_a_batch_depend_on_its_generator_alone():

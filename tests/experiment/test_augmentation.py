@@ -70,6 +70,14 @@ def test_a_view_depends_on_its_number_and_the_image_alone(paths, vit_backbone):
     assert not torch.equal(augmentation._crop_view(read(paths), 0, vit_backbone), whole)
 
 
+def test_views_of_different_images_are_cut_in_different_places(tmp_path, vit_backbone, monkeypatch):
+    paths = [write_image(tmp_path / f"{i}.png", seed=i, size=(400, 300)) for i in range(3)]
+    boxes = []
+    monkeypatch.setattr(augmentation, "cut", lambda images, crops, backbone: boxes.extend(crops.boxes.tolist()))
+    augmentation._crop_view(decode_images(paths), 0, vit_backbone)
+    assert len(set(map(tuple, boxes))) == 3
+
+
 def test_views_need_the_cache(photos, vit_backbone, tmp_path):
     from fastprompt.data import load_dataset
 
