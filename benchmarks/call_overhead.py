@@ -14,27 +14,34 @@ from benchmarks.measure import Benchmark, Case, Shape
 K = 2
 
 
+def definition(patches: torch.Tensor, prompts: torch.Tensor) -> tuple[torch.Tensor]:
+    """The formula in plain torch, without any check."""
+    return (reference.topk_similarity(patches, prompts, [[K]] * len(prompts)),)
+
+
+def public(impl: str, patches: torch.Tensor, prompts: torch.Tensor) -> tuple[torch.Tensor]:
+    """An implementation through the checks of the public function."""
+    return (topk_similarity(patches, prompts, K, impl=impl),)
+
+
+FUNCTIONS = {
+    "definition": definition,
+    "impl='reference'": partial(public, "reference"),
+    "impl='auto'": partial(public, "auto"),
+    "impl='blocked'": partial(public, "blocked"),
+}
+
+
 def build(shape: Shape, device: torch.device) -> Case:
     """The definition called directly, the same through the checks of the public function, and the operators."""
     patches, prompts, random = similarity.draw(shape, device)
-    N, C = shape["N"], shape["C"]
-    grads = [random(shape["B"], N, C)] if shape["pass"] == similarity.TRAINING else None
-
-    def definition(patches: torch.Tensor, prompts: torch.Tensor) -> tuple[torch.Tensor]:
-        return (reference.topk_similarity(patches, prompts, [[K]] * N),)
-
-    def public(impl: str, patches: torch.Tensor, prompts: torch.Tensor) -> tuple[torch.Tensor]:
-        return (topk_similarity(patches, prompts, K, impl=impl),)
-
-    functions = {
-        "definition": definition,
-        "impl='reference'": partial(public, "reference"),
-        "impl='auto'": partial(public, "auto"),
-        "impl='blocked'": partial(public, "blocked"),
-    }
-    implementations = {name: similarity.run(one, patches, prompts, grads) for name, one in functions.items()}
+    grads = [random(shape["B"], shape["N"], shape["C"])] if shape["pass"] == similarity.TRAINING else None
     return Case(
-        implementations, "definition", implementations["definition"], similarity.TOLERANCE[shape["dtype"]], calls=100
+        {name: similarity.run(function, patches, prompts, grads) for name, function in FUNCTIONS.items()},
+        baseline="definition",
+        truth=similarity.truth(definition, patches, prompts, grads),
+        tolerance=similarity.TOLERANCE[shape["dtype"]],
+        calls=100,
     )
 
 
@@ -47,4 +54,5 @@ BENCHMARK = Benchmark(
     build=build,
     shapes={"cpu": _SHAPES, "cuda": _SHAPES},
     quick_shapes={"cpu": _SHAPES, "cuda": _SHAPES},
+    implementations=tuple(FUNCTIONS),
 )

@@ -1,9 +1,9 @@
 """What the Triton kernels need on every target, found by compiling them ahead of time: no GPU takes part.
 
 Every row of a launch table (tile sizes, warps) is compiled for every target, with the aligned inputs that the launchers
-make sure of. Of sm_90
-also the machine instructions are counted: those of the forward kernel beyond a kernel that takes the maximum of every
-row of the same product, for each element of the padded tile. Code that only runs where similarities tie is left out.
+make sure of. Of sm_90 also the machine instructions are counted: those of the forward kernel beyond a kernel that takes
+the maximum of every row of the same product, for each element of the padded tile. Code that only runs where
+similarities tie is left out.
 """
 
 import ast
@@ -35,7 +35,7 @@ from fastprompt_kernels.topk_similarity import triton_backward, triton_forward
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .triton_row_maximum import row_maximum_kernel
+from . import triton_row_maximum
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -74,7 +74,7 @@ class Configuration:
 
 
 @dataclass(frozen=True)
-class Row:
+class Resources:
     """A configuration in words, and what its kernel needs; shared memory in bytes, per program."""
 
     kernel: str
@@ -97,17 +97,17 @@ class Row:
 
     @property
     def key(self) -> tuple:
-        """What identifies the configuration and the source that was compiled."""
-        return tuple(getattr(self, field.name) for field in fields(self)[:9])
+        """What identifies the configuration, the source that was compiled and the compiler."""
+        return (*(getattr(self, field.name) for field in fields(self)[:9]), self.triton)
 
 
-# The kernels, and the modules whose source decides what is compiled. Another op adds its kernels here and its
-# configurations in `configurations`.
+# The kernels, and the modules whose source decides what is found out about them: the forward kernel's instructions are
+# counted beyond those of the row maximum. Another op adds its kernels here and its configurations in `configurations`.
 KERNELS: dict[str, tuple[object, tuple[ModuleType, ...]]] = {
-    "forward_kernel": (triton_forward.forward_kernel, (triton_forward, triton_sorting)),
+    "forward_kernel": (triton_forward.forward_kernel, (triton_forward, triton_sorting, triton_row_maximum)),
     "grad_patches_kernel": (triton_backward.grad_patches_kernel, (triton_backward,)),
     "grad_prompts_kernel": (triton_backward.grad_prompts_kernel, (triton_backward,)),
-    "row_maximum_kernel": (row_maximum_kernel, (triton_forward,)),
+    "row_maximum_kernel": (triton_row_maximum.row_maximum_kernel, (triton_row_maximum, triton_forward)),
     "statistics_kernel": (statistics.statistics_kernel, (statistics,)),
     "statistics_grad_kernel": (statistics.statistics_grad_kernel, (statistics,)),
     "resized_crop_kernel": (crops.resized_crop_kernel, (crops,)),
@@ -171,11 +171,11 @@ def _similarity(target: str, dtype: torch.dtype) -> Iterator[Configuration]:
     yield Configuration("grad_prompts_kernel", target, dtype, 0, 0, True, 1, blocks)
 
 
-def key(configuration: Configuration) -> tuple:
-    """The key of the row that belongs to a configuration and the present source of its kernel."""
-    values = {**asdict(configuration), "dtype": TYPES[configuration.dtype], "blocks": dict(configuration.blocks)}
-    values["blocks"] = " ".join(f"{name}={int(value)}" for name, value in configuration.blocks)
-    return (*(values[field.name] for field in fields(Row)[:8]), source(configuration.kernel))
+def key(configuration: Configuration, version: str = triton.__version__) -> tuple:
+    """The key of the resources of a configuration: with the present source of its kernel, and a version of Triton."""
+    blocks = " ".join(f"{name}={int(value)}" for name, value in configuration.blocks)
+    values = {**asdict(configuration), "dtype": TYPES[configuration.dtype], "blocks": blocks}
+    return (*values.values(), source(configuration.kernel), version)
 
 
 @cache
@@ -243,7 +243,7 @@ def instructions(code: str, scales: int = 0) -> int:
     return sum(name != "NOP" for _, name in lines) - sum(sorted(skipped, reverse=True)[:scales])
 
 
-def measure(configuration: Configuration) -> Row:
+def examine(configuration: Configuration) -> Resources:
     """Compile one configuration."""
     start = time.perf_counter()
     kernel = compiled(configuration)
@@ -261,9 +261,10 @@ def measure(configuration: Configuration) -> Row:
         scales = configuration.scales if configuration.kernel == "forward_kernel" and configuration.keep else 0
         count = instructions(code, scales) if configuration.target == "sm_90" else 0
     units = " ".join(sorted(set(TENSOR_CORES.findall(code))))
-    return Row(
-        *key(configuration), registers, spilled, kernel.metadata.shared, units, count,
-        per_element(configuration, count), round(seconds, 1), triton.__version__,
+    *configured, version = key(configuration)
+    return Resources(
+        *configured, registers, spilled, kernel.metadata.shared, units, count,
+        per_element(configuration, count), round(seconds, 1), version,
     )  # fmt: skip
 
 
@@ -280,10 +281,10 @@ def per_element(configuration: Configuration, count: int) -> str:
     return f"{beyond / (blocks['BLOCK_C'] * blocks['BLOCK_P'] / (32 * blocks['num_warps'])):.2f}"
 
 
-def survey(chosen: Iterable[Configuration], processes: int = 2) -> Iterator[Row]:
-    """The rows of some configurations, compiled by several processes."""
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(measure, chosen)
+def survey(chosen: Iterable[Configuration]) -> Iterator[Resources]:
+    """What some configurations need, compiled by two processes."""
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(examine, chosen)
 
 
 if __name__ == "__main__":

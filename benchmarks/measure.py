@@ -70,6 +70,7 @@ class Benchmark:
         quick_shapes: those of a quick run.
         sweeps: parameters whose growth is drawn: those that vary alone around a middle shape.
         labels: parameters that only name what another one says.
+        implementations: the names of those that a case may have, of which some cases lack some.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Benchmark:
     quick_shapes: Mapping[str, tuple[Shape, ...]]
     sweeps: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
+    implementations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

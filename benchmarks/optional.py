@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from importlib.util import find_spec
 
 import torch
@@ -18,11 +19,11 @@ def compiled(function: Callable[..., object]) -> Callable[..., object]:
     Callers reset the compiler between shapes, or it would in time refuse another one. The function returned raises
     UnavailableError where compilation fails, for example without a C++ compiler.
     """
-    fast = torch.compile(function, fullgraph=True, dynamic=False)
+    prepare = cache(partial(torch.compile, function, fullgraph=True, dynamic=False))  # the compiler is slow to import
 
     def run(*args: object) -> object:
         try:
-            return fast(*args)
+            return prepare()(*args)
         except torch._dynamo.exc.BackendCompilerFailed as error:  # no public name
             raise UnavailableError(f"torch.compile failed: {str(error).strip().splitlines()[0]}") from error
 

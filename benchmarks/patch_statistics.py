@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from fastprompt_kernels import patch_statistics
+from fastprompt_kernels.patch_statistics import reference
 from torch import Tensor
 
 from benchmarks import similarity
@@ -62,6 +63,16 @@ def statistics_fastprompt(patches: Tensor, prompts: Tensor, impl: str = "auto") 
     return patch_statistics(patches, prompts, scale=SCALE, impl=impl)[:3]
 
 
+def score_exact(patches: Tensor, prompts: Tensor) -> tuple[Tensor]:
+    """The definition of the score, in the dtype of the inputs."""
+    return ((patches @ prompts.T).softmax(dim=-1).amax(dim=-1),)
+
+
+def statistics_exact(patches: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition of the statistics, which is the oracle of the kernels' tests."""
+    return reference.patch_statistics(patches, prompts, SCALE, None)[:3]
+
+
 def build(shape: Shape, device: torch.device) -> Case:
     """``impl="auto"`` beside its peers: the score for inference, all three statistics with gradients."""
     torch.compiler.reset()
@@ -96,11 +107,11 @@ def case(shape: Shape, device: torch.device, chosen: Mapping[str, Statistics]) -
         top = (patches.float() @ prompts.float().T).topk(2).values
         # Of two classes that rounding alone sets apart, either may get the gradient of the maximum.
         grads[0] *= top[..., 0] - top[..., 1] > similarity.ROUNDING[shape["dtype"]]
-    truth = similarity.run(computations(shape["pass"])[0], patches.float(), prompts.float(), grads)
+    exact = score_exact if grads is None else statistics_exact
     return Case(
         {name: similarity.run(function, patches, prompts, grads) for name, function in chosen.items()},
         baseline=next(iter(chosen)),
-        truth=truth,
+        truth=similarity.truth(exact, patches, prompts, grads),
         tolerance=similarity.TOLERANCE[shape["dtype"]],
         floors=similarity.floors(
             shape, patches, prompts, patches[..., 0].numel() * (1 if grads is None else len(grads))
@@ -124,4 +135,5 @@ BENCHMARK = Benchmark(
         "cuda": similarity.around(_GPU, {}),
     },
     sweeps=("B", "C", "P"),
+    implementations=tuple(peers(similarity.FORWARD)),
 )

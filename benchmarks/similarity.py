@@ -47,6 +47,21 @@ def run(function: Function, patches: Tensor, prompts: Tensor, grads: Sequence[Te
     return forward if grads is None else forward_backward
 
 
+def truth(
+    function: Function, patches: Tensor, prompts: Tensor, grads: Sequence[Tensor] | None, images: int = 8
+) -> Implementation:
+    """What `run` must give, in float64 and by a definition; some images at a time, so that there is memory for it."""
+
+    def exact() -> tuple[Tensor, ...]:
+        chunks = zip(patches.double().split(images), *(grad.split(images) for grad in grads or ()), strict=True)
+        parts = [run(function, chunk, prompts.double(), of_chunk or None)() for chunk, *of_chunk in chunks]
+        *of_images, last = zip(*parts, strict=True)
+        # The gradient of the prompts, which comes last, is a sum over all images.
+        return *map(torch.cat, of_images), torch.cat(last) if grads is None else sum(last)
+
+    return exact
+
+
 def floors(shape: Shape, patches: Tensor, prompts: Tensor, values: int) -> Mapping[str, Callable[[], object]]:
     """The least work of a method that makes the dense similarity, and of any method that reads and writes its tensors.
 

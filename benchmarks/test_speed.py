@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import call_overhead, patch_statistics, text_encoder, topk_similarity
 from benchmarks.measure import UnavailableError
-from benchmarks.similarity import PASSES, around
+from benchmarks.similarity import around
 
 CPU = torch.device("cpu")
 ROUNDS = 5
@@ -18,12 +18,6 @@ SMALL = {
     "call_overhead": call_overhead.BENCHMARK.shapes["cpu"],
     "text_encoder": ({"dtype": "float32", "G": 1, "M": 4, "C": 47, "names": "DTD"},),
 }
-NAMES = {
-    "topk_similarity": tuple(topk_similarity.peers()),
-    "patch_statistics": tuple(patch_statistics.peers(PASSES[0])),
-    "call_overhead": ("definition", "impl='reference'", "impl='auto'", "impl='blocked'"),
-    "text_encoder": ("77 tokens", "longest name", "fastprompt"),
-}
 
 
 def pytest_generate_tests(metafunc):
@@ -32,13 +26,14 @@ def pytest_generate_tests(metafunc):
         pytest.param(module.BENCHMARK, shape, name, id=f"{module.BENCHMARK.name}, {name}")
         for module in MODULES
         for shape in (module.BENCHMARK.shapes["cpu"] if everything else SMALL[module.BENCHMARK.name])
-        for name in NAMES[module.BENCHMARK.name]
+        for name in module.BENCHMARK.implementations
     ]
     metafunc.parametrize(("of", "shape", "name"), cases)
 
 
 def test_speed(benchmark, of, shape, name):
     case = of.build(shape, CPU)
+    assert set(case.implementations) <= set(of.implementations)  # none is forgotten
     if name not in case.implementations:
         pytest.skip(f"{name} is not measured with {shape}")
     run = case.implementations[name]

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from fastprompt_kernels import topk_similarity
+from fastprompt_kernels.topk_similarity import reference
 from torch import Tensor
 
 from benchmarks import similarity
@@ -17,7 +18,7 @@ from benchmarks.peers import topk_mean_dense
 # (patches, prompts, k of every prompt) to (B, N, C)
 Similarity = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 
-# KeOps has no matrix product. On a CPU it took 60 times as long as eager code with 47 classes; more are not waited for.
+# KeOps has no matrix product. On a CPU that takes so long with 47 classes that more are not waited for.
 KEOPS_CLASSES_ON_CPU = 47
 
 
@@ -70,11 +71,13 @@ def case(shape: Shape, device: torch.device, chosen: Mapping[str, Similarity]) -
     def function(implementation: Similarity, patches: Tensor, prompts: Tensor) -> tuple[Tensor]:
         return (implementation(patches, prompts, k),)
 
-    truth = similarity.run(partial(function, topk_mean_dense), patches.float(), prompts.float(), grads)
+    def definition(patches: Tensor, prompts: Tensor) -> tuple[Tensor]:
+        return (reference.topk_similarity(patches, prompts, [[min(count, shape["P"])] for count in k]),)
+
     return Case(
         {name: similarity.run(partial(function, one), patches, prompts, grads) for name, one in chosen.items()},
         baseline=next(iter(chosen)),
-        truth=truth,
+        truth=similarity.truth(definition, patches, prompts, grads),
         tolerance=similarity.TOLERANCE[shape["dtype"]],
         floors=similarity.floors(shape, patches, prompts, shape["B"] * N * shape["C"]),
     )
@@ -97,8 +100,8 @@ def _decided(patches: Tensor, prompts: Tensor, k: Sequence[int], rounding: float
 def _chunks(patches: Tensor, bytes_per_image: int) -> tuple[Tensor, ...]:
     """The patches of as many images at a time as eager code likes best.
 
-    On a CPU, large tensors come fresh from the system each time, and the page faults cost up to 12 %; with 4, 8 and 24
-    MiB instead of 16, code was slower or alike. A GPU keeps its memory, and there all images are taken at once.
+    On a CPU, large tensors come fresh from the system each time, and page faults cost time; with 4, 8 and 24 MiB
+    instead of 16, code was slower or alike. A GPU keeps its memory, and there all images are taken at once.
     """
     return patches.split(len(patches) if patches.is_cuda else max(1, 2**24 // bytes_per_image))
 
@@ -121,4 +124,5 @@ BENCHMARK = Benchmark(
         "cuda": similarity.around(_GPU, {}),
     },
     sweeps=("B", "C", "P", "k"),
+    implementations=tuple(peers()),
 )

@@ -26,7 +26,8 @@ def examine(backbone: str | None = None) -> str:
     for device in devices:
         name = platform.processor() if device == "cpu" else torch.cuda.get_device_name(device)
         usable = available_implementations(device)
-        auto = "triton" if usable["triton"] == "usable" else "blocked"
+        in_torch = "blocked, or dense where it is small" if device == "cpu" else "dense"
+        auto = "triton" if usable["triton"] == "usable" else in_torch
         kernels = {f"topk_similarity impl={impl!r}": reason for impl, reason in usable.items()}
         sections.append((f"{device} {name}".strip(), {**kernels, "topk_similarity impl='auto' picks": auto}))
     sections.append(("feature cache", _cache_facts()))

@@ -1,24 +1,26 @@
 """Which implementation of an operation runs, and on inputs of which dtype."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
+IMPLEMENTATIONS = ("auto", "reference", "dense", "blocked", "triton")
 
 
-def check_name(impl: str) -> None:
+def check_name(impl: str, names: Sequence[str] = IMPLEMENTATIONS) -> None:
     """Raise ValueError unless this is the name of an implementation."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
+    if impl not in names:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, names))}, got {impl!r}")
 
 
 def available_implementations(device: torch.device | str) -> dict[str, str]:
     """For every implementation "usable", or the reason why it cannot run on this device."""
     return {
         "reference": "usable",
-        "blocked": "usable",
+        "dense": "usable",
+        "blocked": "usable" if torch.device(device).type == "cpu" else "made for the CPU",
         "triton": why_not_triton(torch.device(device)) or "usable",
     }
 
@@ -33,10 +35,10 @@ def why_not_triton(device: torch.device, dtype: torch.dtype | None = None) -> st
 
 
 def runs_triton(impl: str, device: torch.device, dtype: torch.dtype, too_much: str | None = None) -> bool:
-    """Whether a call that is not the reference's runs the Triton kernels; else it runs the blocked implementation.
+    """Whether a call that is not the reference's runs the Triton kernels; else it runs in plain torch.
 
     Args:
-        impl: "auto", "blocked" or "triton".
+        impl: "auto", "dense", "blocked" or "triton".
         device: of the inputs.
         dtype: of the inputs.
         too_much: a reason why the kernels of this operation cannot take such arguments, whatever the device.
@@ -44,7 +46,7 @@ def runs_triton(impl: str, device: torch.device, dtype: torch.dtype, too_much: s
     Raises:
         ValueError: the kernels were asked for by name and cannot run.
     """
-    if impl == "blocked" or (impl == "auto" and device.type == "cpu"):
+    if impl in ("dense", "blocked") or (impl == "auto" and device.type == "cpu"):
         return False
     reason = why_not_triton(device, dtype) or too_much
     if reason is not None and impl == "triton":

@@ -1,17 +1,20 @@
 """The shared-prefix pass is exact: it equals the padded pass of open_clip itself."""
 
+from pathlib import Path
+
 import open_clip
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.class_names import CALTECH
+from benchmarks.class_names import CALTECH, DTD
 from benchmarks.peers import encode_padded
 from fastprompt.backbone.class_tokens import ROW_TOKENS, pack
 from fastprompt.errors import InputError
 from tests.models import TEXT, VIT, make_backbone, make_clip
 
+ROOT = Path(__file__).parents[2]
 WORDS = "a photo of a"
 TEXT_B16 = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
 
@@ -99,6 +102,19 @@ def test_packing_puts_every_token_in_a_slot_of_its_own(lengths):
         assert slots[0] // packing.width == slots[-1] // packing.width
     assert packing.width <= max(ROW_TOKENS + max(lengths), 2 * max(lengths))
     assert packing.rows * packing.width <= sum(lengths) + packing.rows * max(lengths)
+
+
+def test_tokens_of_four_prompts_and_the_names_of_dtd(vit_backbone):
+    """The example of README and docs/architecture.md: four contexts of four tokens behind the start of text."""
+    class_tokens = vit_backbone.tokenize(DTD)
+    packing = pack(class_tokens.lengths, torch.device("cpu"))
+    filled = int(packing.visible.sum(dim=-1).gt(1).sum()) + len(DTD)  # a name's first token sees itself alone
+    empty = packing.rows * packing.width - filled
+    prefix, groups = 1 + 4, 4
+    needed, padded = groups * (prefix + filled), groups * len(DTD) * vit_backbone.context_length
+    assert (sum(class_tokens.lengths), empty) == (filled, 1)
+    for page in ("README.md", "docs/architecture.md"):
+        assert f"{needed} tokens instead of {padded:,}" in (ROOT / page).read_text(encoding="utf-8")
 
 
 def test_suffix_stands_behind_every_name(vit_backbone):

@@ -2,6 +2,7 @@
 
 import csv
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ SHAPE = {"dtype": "float32", "B": 2, "C": 3}
 SHAPES = {"cpu": (SHAPE,), "cuda": (SHAPE,)}
 BENCHMARK = Benchmark("waiting", "Waiting", build_waiting, SHAPES, SHAPES, sweeps=("C",))
 SLOW = Measurement(80, 79, 81, 3, None, "slow", 1, 4, 0.1)
+SETTING = dict.fromkeys(("date", "device", "threads", "python", "torch", "triton", "fastprompt", "commit"), "")
 QUICK = Measurement(20, 19, 21, 3, Memory(1.5, 0.5), "slow", 4, 1, 0.1)
 
 
@@ -143,11 +145,38 @@ def _draw(monkeypatch, folder):
 
 
 def test_growth_is_drawn_for_every_device(monkeypatch, tmp_path):
-    for classes in (3, 30):
-        append(tmp_path / "waiting.csv", {**SHAPE, "C": classes}, CPU, {"slow": SLOW, "quick": QUICK})
+    for device in ("Fast GPU", "Slow CPU"):
+        monkeypatch.setattr("benchmarks.results.device_name", lambda _, name=device: name)
+        for dtype, classes in product(("float32", "bfloat16"), (3, 30)):
+            shape = {**SHAPE, "dtype": dtype, "C": classes}
+            append(tmp_path / "waiting.csv", shape, CPU, {"slow": SLOW, "quick": QUICK})
     assert _draw(monkeypatch, tmp_path) == 0
-    (picture,) = tmp_path.glob("*.png")
-    assert picture.name.startswith("waiting-") and picture.read_bytes().startswith(b"\x89PNG")
+    pictures = {picture.name: picture.read_bytes() for picture in tmp_path.glob("*.png")}
+    assert set(pictures) == {
+        f"waiting-{device}-{dtype}.png" for device in ("fast-gpu", "slow-cpu") for dtype in ("float32", "bfloat16")
+    }
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())
+
+
+def test_the_newest_rows_count(monkeypatch, tmp_path):
+    """Of rows of one shape the last; of several sweeps of equally many values the one measured last."""
+    for images, classes, median in ((1, 3, 10), (1, 30, 20), (2, 3, 30), (2, 30, 40), (2, 3, 50)):
+        row = {"slow": replace(SLOW, median=median)}
+        monkeypatch.setattr("benchmarks.results.setting", lambda _, date=median: {**SETTING, "date": f"2026-01-{date}"})
+        append(tmp_path / "waiting.csv", {**SHAPE, "B": images, "C": classes}, CPU, row)
+    drawn = {}
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", _note(drawn))
+    assert _draw(monkeypatch, tmp_path) == 0
+    assert ([3, 30], [50, 40]) in drawn["slow"]
+
+
+def _note(drawn):
+    """A stand-in for plotting that notes what is drawn, by label."""
+
+    def plot(axes, x, y, label, **look):
+        drawn.setdefault(label, []).append((list(x), list(y)))
+
+    return plot
 
 
 def test_what_does_not_vary_alone_is_no_growth(monkeypatch, tmp_path, capsys):

@@ -36,6 +36,31 @@ def test_a_kernel_that_takes_one_patch_too_many_is_found():
         check(topk_similarity.case(shape, CPU, {"one more": one_more}))
 
 
+def test_a_baseline_that_is_wrong_is_found(monkeypatch):
+    """The truth is a definition in float64, not the code of any peer."""
+    real = topk_similarity.topk_mean_dense
+    monkeypatch.setattr(
+        topk_similarity, "topk_mean_dense", lambda patches, prompts, k: 1.001 * real(patches, prompts, k)
+    )
+    monkeypatch.setattr(patch_statistics, "score_dense", lambda *inputs: (1.001 * inputs[0] @ inputs[1].T,))
+    for module in (topk_similarity, patch_statistics):
+        chosen = dict([next(iter(_chosen(module, "forward").items()))])
+        case = module.case({**SMALL, "dtype": "float32", "pass": "forward"}, CPU, chosen)
+        with pytest.raises(WrongResultError, match="eager: result 0"):
+            check(case)
+
+
+@pytest.mark.parametrize("module", [topk_similarity, patch_statistics])
+@pytest.mark.parametrize("direction", similarity.PASSES)
+def test_the_truth_is_in_float64_however_images_are_grouped(monkeypatch, module, direction):
+    shape = {**SMALL, "dtype": "float32", "pass": direction}
+    whole = module.case(shape, CPU, _chosen(module, direction)).truth()
+    assert {tensor.dtype for tensor in whole} == {torch.float64}
+    monkeypatch.setattr(similarity.truth, "__defaults__", (2,))
+    for one, other in zip(module.case(shape, CPU, _chosen(module, direction)).truth(), whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
 def test_code_that_does_not_compile_is_left_out_with_the_reason(monkeypatch, tmp_path):
     torch.compiler.reset()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -5,7 +5,7 @@ import torch
 import triton.language as tl
 from fastprompt_kernels import selected_patches, topk_similarity, triton_launch
 from fastprompt_kernels.testing import Inputs, assert_as_accurate, draw_inputs, poisoned_memory
-from fastprompt_kernels.topk_similarity import op, triton
+from fastprompt_kernels.topk_similarity import op
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -99,7 +99,7 @@ def test_equal_patches_of_several_chunks():
 
 
 def test_images_are_shared_out_to_programs(monkeypatch):
-    monkeypatch.setattr(triton, "PROGRAMS", 5)
+    monkeypatch.setattr(triton_launch, "PROGRAMS", 5)
     check(draw_inputs((5, 30, 2, 9, 8), [[3], [4]], torch.bfloat16, device=DEVICE), "triton")
 
 

@@ -1,8 +1,9 @@
 """Triton kernels of patch_statistics: the logits stay in registers.
 
-A program of the forward pass holds some patches and goes through all classes once, carrying the largest logit, the sum
-of exponentials and the sum of these times the logits. The backward pass makes the logits again. Every sum has a fixed
-order and nothing is added atomically, so results are the same in every run.
+A program of the forward pass holds some patches and goes through all classes once. It carries the largest logit so
+far, the sum of the exponentials of the differences to it, and the sum of these times the differences. The backward pass
+makes the logits again. Every sum has a fixed order and nothing is added atomically, so results are the same in every
+run.
 """
 
 from collections.abc import Sequence
@@ -12,11 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_launch import architecture, dot_dtype, index_dtype
-
-# The programs that the gradient of the prompts is cut into: about as many as a large GPU has multiprocessors. More
-# would cost memory, one partial sum each.
-PROGRAMS = 128
+from ..triton_launch import architecture, dot_dtype, index_dtype, parts_of_a_sum
 
 
 @triton.jit
@@ -232,7 +229,7 @@ def _gradient(mine: Tensor, others: Tensor, saved: Sequence[Tensor], scale: floa
     # A patch has a unit of its own, so that its gradient does not depend on the rest of the batch.
     unit = _unit(grads, dim=0 if of == "patches" else None)
     tiles = triton.cdiv(rows, blocks["BLOCK_MINE"]), triton.cdiv(D, blocks["BLOCK_RESULT"])
-    splits = 1 if of == "patches" else triton.cdiv(PROGRAMS, tiles[0] * tiles[1])
+    splits = 1 if of == "patches" else parts_of_a_sum(tiles[0] * tiles[1])
     steps = triton.cdiv(triton.cdiv(others_outer * others_inner, splits), blocks["BLOCK_OTHERS"])
     splits = triton.cdiv(others_outer * others_inner, steps * blocks["BLOCK_OTHERS"])
     result = mine.new_empty(splits, rows, D, dtype=mine.dtype if splits == 1 else torch.float32)

@@ -10,6 +10,7 @@ from . import op
 
 __all__ = ["INTERPOLATIONS", "resized_crop"]
 
+IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
 INTERPOLATIONS = ("bicubic", "bilinear")
 
 
@@ -61,7 +62,7 @@ def resized_crop(
         ValueError: shapes do not fit, an image lies outside of ``pixels`` or a box outside of its image, an unknown
             name, or an implementation that cannot run here.
     """
-    check_name(impl)
+    check_name(impl, IMPLEMENTATIONS)
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"interpolation must be one of {INTERPOLATIONS}, got {interpolation!r}")
     if size < 1:

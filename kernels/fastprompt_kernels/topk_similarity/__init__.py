@@ -35,9 +35,10 @@ def topk_similarity(patches: Tensor, prompts: Tensor, k: K, *, reduce: str = "no
         k: how many patches count: one int, one int per prompt, or one sequence of ints per prompt (its scales, whose
             means are averaged). A k larger than P means all P patches.
         reduce: "none", or "mean" to average over the prompts as well.
-        impl: "reference" (plain torch, the definition), "blocked" (plain torch, bounded memory, any device), "triton"
-            (fused kernels: CUDA and ROCm, float32, float16 and bfloat16, k up to 64), or "auto": triton where it can
-            run, blocked elsewhere. What is named explicitly is run or refused, never replaced.
+        impl: "reference" (plain torch, the definition), "dense" (plain torch, some images at a time, any device),
+            "blocked" (tiles and sparse gradients, for the CPU), "triton" (fused kernels: CUDA and ROCm, float32,
+            float16 and bfloat16, k up to 64), or "auto": triton where it can run; else on a CPU the faster of blocked
+            and dense for inputs of that size, and dense elsewhere. What is named is run or refused, never replaced.
 
     Returns:
         (B, N, C), or (B, C) with reduce="mean".

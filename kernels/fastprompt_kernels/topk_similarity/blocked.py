@@ -1,8 +1,8 @@
-"""topk_similarity in plain torch and numpy with bounded memory and its own backward, for any device.
+"""topk_similarity on processors with bounded memory and its own backward pass.
 
-The similarity is made one tile (some images, some classes) at a time and sorted; on a processor every core works on
-tiles of its own, and numpy sorts them, which is several times faster than torch selects. What is kept for the backward
-pass (blocked_backward.py) are the selected patches themselves.
+The similarity is made one tile (some images, some classes) at a time and sorted. Every core works on tiles of its own,
+and numpy sorts them, which is several times faster than torch selects. What is kept for the backward pass
+(blocked_backward.py) are the selected patches themselves.
 """
 
 import math
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..cores import exact_bfloat16_products, on_all_cores, parts
-from .blocked_backward import Scales, backward
+from .blocked_backward import backward
+from .dense import Scales, saved_size
 
 __all__ = ["backward", "forward", "saved_size"]
 
@@ -24,12 +25,6 @@ TILE_BYTES = 5 * 2**18
 EFFICIENT_ROWS = 128
 # Multiplications of an image's similarity that are done before other threads are awake.
 LITTLE = 2**20
-
-
-def saved_size(B: int, P: int, C: int, k: Scales) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of what is kept for the backward pass: the selected patches, scale after scale."""
-    dtype = torch.uint8 if P <= 2**8 else torch.int16 if P <= 2**15 else torch.int32
-    return (B, C, sum(map(sum, k))), dtype
 
 
 def forward(patches: Tensor, prompts: Tensor, k: Scales, keep: bool) -> tuple[Tensor, Tensor]:
@@ -43,7 +38,7 @@ def forward(patches: Tensor, prompts: Tensor, k: Scales, keep: bool) -> tuple[Te
 
     Returns:
         values (B, N, C) in float32 (float64 for float64 inputs) and selected, as `saved_size` says; for every image
-        and class k patches of the first scale of the first prompt in ascending order, then those of the next scale.
+        and class the patches of the first scale of the first prompt, then those of the next scale.
         Without keep it is empty.
     """
     (B, P, D), (N, C, _), prompts = patches.shape, prompts.shape, prompts.contiguous()
@@ -57,19 +52,17 @@ def forward(patches: Tensor, prompts: Tensor, k: Scales, keep: bool) -> tuple[Te
     rows_at_once = max(1, min(C if C >= EFFICIENT_ROWS else N * C, room))
     images_at_once = max(1, min(room // rows_at_once, -(-B // torch.get_num_threads())))
     starts = list(accumulate(map(sum, k), initial=0))
-    select = _select_in_numpy if patches.device.type == "cpu" else _select
 
-    def scratch() -> tuple[Tensor, Tensor, Tensor]:
-        scores = torch.empty(images_at_once * rows_at_once * P, dtype=dtype, device=patches.device)
-        ranked = torch.empty(images_at_once * min(C, rows_at_once) * P, dtype=dtype, device=patches.device)
-        return scores, ranked, torch.empty_like(ranked, dtype=torch.bool)
+    def scratch() -> tuple[Tensor, Tensor]:
+        scores = torch.empty(images_at_once * rows_at_once * P, dtype=dtype)
+        return scores, torch.empty(images_at_once * min(C, rows_at_once) * P, dtype=dtype)
 
-    def fill(images: slice, rows: slice, *scratch: Tensor) -> None:
-        scores = _scores(patches[images].to(dtype), prompts.view(N * C, -1)[rows].to(dtype), scratch[0])
+    def fill(images: slice, rows: slice, scores: Tensor, ranked: Tensor) -> None:
+        scores = _scores(patches[images].to(dtype), prompts.view(N * C, -1)[rows].to(dtype), scores)
         for n, classes in _prompts_of(rows, C):
             of_prompt = scores[:, n * C + classes.start - rows.start :][:, : classes.stop - classes.start]
             taken = selected[images, classes, starts[n] : starts[n + 1]] if keep else None
-            select(of_prompt, values[images, n, classes], taken, k[n], *scratch[1:])
+            _select(of_prompt, values[images, n, classes], taken, k[n], ranked)
 
     tiles = product(parts(B, images_at_once), parts(N * C, rows_at_once))
     with exact_bfloat16_products(patches):
@@ -96,42 +89,49 @@ def _scores(patches: Tensor, prompts: Tensor, scratch: Tensor) -> Tensor:
     return scores
 
 
-def _select(scores: Tensor, values: Tensor, selected: Tensor | None, scales: Sequence[int], *scratch: Tensor) -> None:
+def _select(scores: Tensor, values: Tensor, selected: Tensor | None, scales: Sequence[int], scratch: Tensor) -> None:
     """Fill values (images, classes) and the selected patches (images, classes, sum of the scales) of one prompt."""
-    ranked, patch = scores.sort(dim=-1, descending=True, stable=True)
-    values.copy_(sum(ranked[..., :scale].mean(-1) for scale in scales) / len(scales))
-    if selected is not None:
-        selected.copy_(torch.cat([patch[..., :scale] for scale in scales], dim=-1))
-
-
-def _select_in_numpy(
-    scores: Tensor, values: Tensor, selected: Tensor | None, scales: Sequence[int], ranked: Tensor, chosen: Tensor
-) -> None:
-    """As `_select`, but numpy sorts without Python's lock, and with the processor's vector instructions."""
-    P, ranked = scores.shape[-1], ranked[: scores.numel()].view(scores.shape).copy_(scores)
-    ranked.numpy().sort(axis=-1)
-    values.copy_(sum(ranked[..., P - scale :].mean(-1) for scale in scales) / len(scales))
-    start, chosen = 0, chosen[: scores.numel()].view(-1, P).numpy()
-    for scale in scales if selected is not None else ():
-        patch = _largest(scores.numpy(), ranked[..., P - scale, None].numpy(), scale, chosen)
-        selected[..., start : start + scale] = torch.from_numpy(patch)
+    P, ranked = scores.shape[-1], scratch[: scores.numel()].view(scores.shape)
+    if selected is None:
+        ranked.copy_(scores).numpy().sort(axis=-1)
+        values.copy_(sum(ranked[..., P - scale :].mean(-1) for scale in scales) / len(scales))
+        return
+    largest, start, means = _Largest(scores, ranked), 0, []
+    for scale in scales:
+        patch = torch.from_numpy(largest(scale))
+        selected[..., start : start + scale] = patch
+        means.append(scores.gather(-1, patch).mean(-1))
         start += scale
+    values.copy_(sum(means) / len(means))
 
 
-def _largest(rows: np.ndarray, last: np.ndarray, count: int, chosen: np.ndarray) -> np.ndarray:
-    """The places of the count largest entries of every row, of which `last` is the smallest; the first of equals."""
-    P = rows.shape[-1]
-    # Written as "not smaller" so that not-a-number is among the largest, and no row has fewer than count.
-    np.less(rows, last, out=chosen.reshape(rows.shape))
-    np.logical_not(chosen, out=chosen)
-    places = np.flatnonzero(chosen)
-    if len(places) > len(chosen) * count:
-        too_many = chosen.sum(-1) > count
-        backwards = rows.reshape(-1, P)[too_many, ::-1].argsort(axis=-1, kind="stable")
-        first = np.zeros(backwards.shape, dtype=bool)
-        np.put_along_axis(first, P - 1 - backwards[:, P - count :], True, axis=-1)
-        chosen[too_many] = first
-        places = np.flatnonzero(chosen)
-    places = places.reshape(-1, count)
-    places -= P * np.arange(len(chosen))[:, None]
-    return places.reshape(*rows.shape[:-1], count)
+class _Largest:
+    """Which entries of every row are the largest; the first of equals, and not-a-number before all others.
+
+    Numbers are sorted that have their own place as their last bits, so that places come out of the sort. Where
+    the first bits do not tell the last that counts from the next, its row is sorted again as it was.
+    """
+
+    def __init__(self, rows: Tensor, ranked: Tensor) -> None:
+        self.rows, self.ranked = rows.numpy(), ranked.numpy()
+        bits, P = np.dtype(f"i{ranked.itemsize}"), ranked.shape[-1]
+        self.last_bits = bits.type((1 << (P - 1).bit_length()) - 1)
+        self.keys = self.ranked.view(bits)
+        np.bitwise_and(self.rows.view(bits), ~self.last_bits, out=self.keys)
+        np.bitwise_or(self.keys, np.arange(P, dtype=bits), out=self.keys)
+        self.ranked.sort(axis=-1)
+
+    def __call__(self, count: int) -> np.ndarray:
+        """Their places, (..., count)."""
+        P = self.rows.shape[-1]
+        places = np.bitwise_and(self.keys[..., P - count :], self.last_bits, dtype=np.int64)
+        # An infinite number with a place is not a number any more, and comes out last.
+        unsure = ~np.isfinite(self.ranked[..., -1])
+        if count < P:
+            edge = np.bitwise_and(self.keys[..., P - count - 1 : P - count + 1], ~self.last_bits)
+            edge = edge.view(self.ranked.dtype)
+            unsure |= edge[..., 0] == edge[..., 1]
+        if unsure.any():
+            backwards = self.rows[unsure][:, ::-1].argsort(axis=-1, kind="stable")
+            places[unsure] = P - 1 - backwards[:, P - count :]
+        return places

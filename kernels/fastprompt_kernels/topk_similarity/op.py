@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from ..implementations import cast_by_autocast, runs_triton
-from . import blocked, reference
+from . import blocked, dense, reference
 
-# The longest sorted run of the Triton kernels. One of 128 does not fit the registers: on sm_90 it spills 120 bytes a
-# thread without the selection, 160 with it.
+# The longest sorted run of the Triton kernels. One of 128 does not fit the registers of sm_90.
 MAX_K = 64
+# On a processor torch's own code is faster where the similarity has fewer numbers, and backward where a larger share of
+# them is selected: benchmarks/results/break_even-cpu.md.
+SMALL = 2**20
+DENSE_SHARE = 1 / 8
 
 
 def topk_similarity(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]], impl: str) -> Tensor:
@@ -33,13 +36,14 @@ def topk_similarity(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]]
 
 @torch.library.custom_op("fastprompt::topk_similarity", mutates_args=())
 def _forward(patches: Tensor, prompts: Tensor, k: list[int], keep: bool, impl: str) -> tuple[Tensor, Tensor]:
-    return _implementation(impl, patches, k).forward(patches, prompts, _nested(k, len(prompts)), keep)
+    cells = prompts[..., 0].numel() * patches[..., 0].numel()
+    return _implementation(impl, patches, k, cells).forward(patches, prompts, _nested(k, len(prompts)), keep)
 
 
 @_forward.register_fake
 def _(patches: Tensor, prompts: Tensor, k: list[int], keep: bool, impl: str) -> tuple[Tensor, Tensor]:
     (B, P, _), (N, C, _) = patches.shape, prompts.shape
-    size, kind = _implementation(impl, patches, k).saved_size(B, P, C, _nested(k, N))
+    size, kind = _implementation(impl, patches, k, B * P * N * C).saved_size(B, P, C, _nested(k, N))
     dtype = torch.promote_types(patches.dtype, torch.float32)
     return patches.new_empty(B, N, C, dtype=dtype), patches.new_empty(size if keep else 0, dtype=kind)
 
@@ -49,7 +53,8 @@ def _grad(
     grad: Tensor, patches: Tensor | None, prompts: Tensor | None, selected: Tensor, k: list[int], P: int, impl: str
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(grad.device.type, enabled=False):
-        module = _implementation(impl, prompts if patches is None else patches, k)
+        cells = grad.numel() * P if sum(k) <= DENSE_SHARE * len(k) * P else 0
+        module = _implementation(impl, prompts if patches is None else patches, k, cells)
         return module.backward(grad, patches, prompts, selected, _nested(k, grad.shape[1]), P)
 
 
@@ -103,16 +108,27 @@ class _Gradients(torch.autograd.Function):
         raise RuntimeError("the gradient of topk_similarity can be differentiated again with impl='reference' only")
 
 
-def _implementation(impl: str, like: Tensor, k: list[int]) -> ModuleType:
-    """The module that runs this call. It is chosen here, out of sight of torch.compile, alike forward and backward."""
+def _implementation(impl: str, like: Tensor, k: list[int], cells: int) -> ModuleType:
+    """The module that runs a pass. It is chosen here, out of sight of torch.compile.
+
+    Args:
+        impl: "auto", "dense", "blocked" or "triton".
+        like: an input.
+        k: all scales.
+        cells: how many similarities there are; 0 where sparse sums do not pay.
+    """
     too_much = None
     if max(k) > MAX_K:
         too_much = f"the kernels keep the k largest in registers, which hold at most {MAX_K}, not {max(k)}"
-    if not runs_triton(impl, like.device, like.dtype, too_much):
-        return blocked
-    from . import triton
+    if runs_triton(impl, like.device, like.dtype, too_much):
+        from . import triton
 
-    return triton
+        return triton
+    if impl == "auto":
+        impl = "blocked" if like.device.type == "cpu" and cells >= SMALL else "dense"
+    if impl == "blocked" and like.device.type != "cpu":
+        raise ValueError(f"impl='blocked' cannot run here: it is made for the CPU, not for {like.device}")
+    return blocked if impl == "blocked" else dense
 
 
 def _nested(k: list[int], N: int) -> list[list[int]]:

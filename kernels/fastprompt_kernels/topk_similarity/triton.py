@@ -16,13 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_launch import architecture, dot_dtype, index_dtype
+from ..triton_launch import architecture, dot_dtype, index_dtype, parts_of_a_sum
 from .triton_backward import grad_patches_kernel, grad_prompts_kernel
 from .triton_forward import forward_kernel
-
-# Programs of grad_prompts that there should be at least where images are many: two for each of the 132 processors of
-# the largest GPU that the tiles were chosen for. It bounds the memory for partial sums to 264 tiles, 35 MB.
-PROGRAMS = 264
 
 
 def saved_size(B: int, P: int, C: int, k: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], torch.dtype]:
@@ -104,7 +100,7 @@ def grad_prompts(grad: Tensor, patches: Tensor, selected: Tensor, k: Sequence[Se
     index = index_dtype(patches, selected, torch.empty(N, C, D, device="meta"))
     blocks = grad_prompts_blocks(patches.dtype, index)
     rows, columns = N * triton.cdiv(C, blocks["BLOCK_C"]), triton.cdiv(D, blocks["BLOCK_D"])
-    images = triton.cdiv(B, max(1, min(B, PROGRAMS // max(1, rows * columns))))
+    images = triton.cdiv(B, max(1, min(B, parts_of_a_sum(rows * columns))))
     parts = triton.cdiv(B, max(1, images))
     dtype = patches.dtype if parts == 1 else torch.float32
     partial = torch.empty(parts, N, C, D, dtype=dtype, device=patches.device)
@@ -121,11 +117,11 @@ def forward_blocks(target: str, dtype: torch.dtype, P: int, k: int, keep: bool) 
     """Tile sizes and warps of the forward kernel.
 
     64 classes x 256 patches on 4 warps leave 64 columns of a row in one thread of sm_90, where its network runs without
-    exchange: 13 instructions an element for 16 of 196 patches, 17 with 8 warps. The other targets spread a row over
-    more threads and spill with 4 warps, and so does sm_90 where a run of 32 and the selection are wanted at once. A
-    float32 product keeps its operands in registers too and gets a quarter of the tile. Up to 64 patches, two images
-    share 128 columns: with 256 the last exchanges spill. Above 256, patches come in chunks of 128, which waste less of
-    the last chunk and leave registers for the run; a run of 64 does not fit beside 256 columns, so it has them too.
+    exchange: 13 instructions an element for 16 of 196 patches. The other targets spread a row over more threads and
+    spill with 4 warps, and so does sm_90 where a run of 32 and the selection are wanted at once. A float32 product
+    keeps its operands in registers too and gets a quarter of the tile. Up to 64 patches, two images share 128 columns:
+    with 256 the last exchanges spill. Above 256, patches come in chunks of 128, which waste less of the last chunk and
+    leave registers for the run; a run of 64 does not fit beside 256 columns, so it has them too.
     """
     log_k, wide = max(2, (k - 1).bit_length()), dtype.itemsize == 2
     blocks = {"LOG_K": log_k, "BLOCK_C": 64 if wide else 16, "BLOCK_D": 32 if wide else 16}
