@@ -95,12 +95,26 @@ class Backbone(nn.Module):
         expected = (3, self.image_size, self.image_size)
         if images.shape[1:] != expected:
             raise InputError(f"images: expected shape (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
-        pooled, patches = self._images.encode(images.to(self.device, self.dtype))
-        return ImageFeatures(F.normalize(at_least_float32(pooled), dim=-1), patches)
+        with torch.inference_mode():
+            pooled, patches = self._images.encode(images.to(self.device, self.dtype))
+        # What is made outside can be saved for a backward pass: normalised, and copied.
+        return ImageFeatures(F.normalize(at_least_float32(pooled), dim=-1), patches.clone())
 
-    def project_patches(self, patches: Tensor) -> Tensor:
-        """Patch features (..., W) in the joint space (..., D), not normalised."""
-        return self._images.project(patches.to(self.device, self.dtype))
+    def project_patches(self, patches: Tensor, learned: Tensor | None = None) -> Tensor:
+        """Patch features (..., W) in the joint space (..., D), not normalised.
+
+        Args:
+            patches: (..., W).
+            learned: weight (W, W) of a linear layer before the projection. Where the projection is a matrix, the two
+                are multiplied first, in the higher of both precisions: the patches then take part in one product.
+        """
+        patches = patches.to(self.device, self.dtype)
+        if learned is None:
+            return self._images.project(patches)
+        composed = self._images.compose(learned.to(torch.promote_types(learned.dtype, self.dtype)))
+        if composed is None:
+            return self._images.project(F.linear(patches, learned.to(self.dtype)))
+        return patches @ composed.to(self.dtype)
 
     def tokenize(self, class_names: Sequence[str], suffix: str = "") -> ClassTokens:
         """Class names as packed tokens. CoOp's family appends ``suffix="."``; GalLoP appends nothing."""

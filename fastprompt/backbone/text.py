@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastprompt.backbone.blocks import close_block, split_heads
 from fastprompt.backbone.class_tokens import ClassTokens, Packing, pack, token_order
+from fastprompt.backbone.features import queue_copy
 from fastprompt.errors import InputError
 
 
@@ -51,7 +52,7 @@ class TextTower:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings (..., W) of token ids, in the precision of the tower."""
-        return F.embedding(ids.to(self.token_embedding.weight.device), self.token_embedding.weight)
+        return F.embedding(queue_copy(ids, self.token_embedding.weight.device), self.token_embedding.weight)
 
     def check_fits(self, context_tokens: int, class_tokens: ClassTokens) -> None:
         """Raise ``InputError`` if a class name does not fit behind the start of text and that many context tokens."""

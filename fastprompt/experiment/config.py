@@ -102,7 +102,7 @@ class ExperimentConfig(DataConfig, BackboneConfig, FeatureConfig):
 
     def resolved(self) -> dict[str, Any]:
         """What decides the result: everything but where it runs, how images are read, and where files go."""
-        elsewhere = {*(field.name for field in fields(FeatureConfig)), "device", "weights_dir", "out"}
+        elsewhere = {*(field.name for field in fields(FeatureConfig)), "device", "weights_dir", "out", "image_memory"}
         chosen = {name: value for name, value in asdict(self).items() if name not in elsewhere}
         chosen |= {name: path.expanduser().resolve() for name, path in chosen.items() if isinstance(path, Path)}
         chosen["backbone"], chosen["pretrained"] = self.backbone_and_weights()
@@ -124,6 +124,11 @@ class TrainConfig(ExperimentConfig):
     """Which images are drawn, in which order they come, and all other random choices."""
     augment: bool = False
     """Random crops and flips, as published; every image is then encoded anew in every epoch, without the cache."""
+    views: int = 0
+    """With --augment: so many random views of every image are encoded once and cached, and every epoch takes one of
+    them at random. 0: every epoch has crops of its own."""
+    image_memory: float = 4.0
+    """With --augment: GB that decoded training images may take. If they do not fit, every epoch decodes them anew."""
     epochs: int | None = None
     """Passes over the training images. Default: as in the recipe, for the number of shots."""
     batch_size: int | None = None
