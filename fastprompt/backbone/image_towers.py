@@ -81,7 +81,7 @@ class VisionTransformerTower(ImageTower):
 
 def _value_path_block(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
     """One block in which token 0 attends to all tokens and every other token keeps its own value."""
-    qkv = split_heads(block, block.ln_1(x))  # (B, 1 + P, 3, heads, d)
+    qkv = split_heads(block, x)  # (B, 1 + P, 3, heads, d)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, 1 + P, d)
     attended = F.scaled_dot_product_attention(q[:, :, :1], k, v)
     mixed = torch.cat([attended, v[:, :, 1:]], dim=2).transpose(1, 2).flatten(2)

@@ -80,10 +80,10 @@ class TextTower:
         visible = torch.cat([open_prefix, packing.visible], dim=2)[:, None]  # (rows, 1, width, S + width)
         *blocks, last = self.blocks
         for block in blocks:
-            x = close_block(block, x, _prefix_attention(block, block.ln_1(x), shared, packing, visible))
+            x = close_block(block, x, _prefix_attention(block, x, shared, packing, visible))
         # Of the last block only the end-of-text tokens are read, so only they go through its projection and MLP.
         ends = shared + packing.last
-        attended = _prefix_attention(last, last.ln_1(x), shared, packing, visible)
+        attended = _prefix_attention(last, x, shared, packing, visible)
         return close_block(last, x.index_select(1, ends), attended.index_select(1, ends))
 
     def _layout(self, context: Tensor, class_tokens: ClassTokens) -> tuple[Tensor, Tensor, Packing]:
@@ -119,7 +119,7 @@ class TextTower:
         x = x + self.positional_embedding.to(x.dtype)
         mask = None if self.attn_mask is None else self.attn_mask.to(x.dtype)
         for block in self.blocks:
-            q, k, v = split_heads(block, block.ln_1(x)).permute(2, 0, 3, 1, 4)  # each (G * C, heads, L, d)
+            q, k, v = split_heads(block, x).permute(2, 0, 3, 1, 4)  # each (G * C, heads, L, d)
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             x = close_block(block, x, attended.transpose(1, 2).flatten(2))
         x = x.unflatten(0, (groups, classes))
