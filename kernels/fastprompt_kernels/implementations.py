@@ -1,5 +1,6 @@
 """Which implementation of an operation runs, and on inputs of which dtype."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
@@ -8,10 +9,10 @@ from torch import Tensor
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
 
 
-def check_name(impl: str) -> None:
+def check_name(impl: str, names: Sequence[str] = IMPLEMENTATIONS) -> None:
     """Raise ValueError unless this is the name of an implementation."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
+    if impl not in names:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, names))}, got {impl!r}")
 
 
 def available_implementations(device: torch.device | str) -> dict[str, str]:
