@@ -115,7 +115,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _norm_parameters(norm: nn.LayerNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias; in float32 where a CPU would otherwise keep the statistics of a half-precision x in x's dtype."""
+    """Weight and bias; in float32 where a CPU would keep the statistics of a half-precision x in x's dtype."""
     if x.is_cpu and x.dtype in (torch.bfloat16, torch.float16):
         return norm.weight.float(), norm.bias.float()
     return norm.weight, norm.bias

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from fastprompt.backbone.blocks import close_block, split_heads
-from fastprompt.backbone.class_tokens import ClassTokens, Packing, pack
+from fastprompt.backbone.blocks import check_block, close_block, split_heads
+from fastprompt.backbone.class_tokens import ClassTokens
+from fastprompt.backbone.memory import EncodingPlan, MemoryBudget, TowerSize, plan_encoding
+from fastprompt.backbone.shared_prefix import ConstantCache, encode_shared_prefix
 from fastprompt.errors import InputError
 
 
@@ -35,13 +39,16 @@ class TextTower:
         self.start_of_text = start_of_text
         self.padding = padding
         self.attn_mask = tower.attn_mask
+        self.constants = ConstantCache()
         self.shares_prefix = self.attn_mask is not None and self.pool_type in ("argmax", "eos")
 
     @staticmethod
     def _check(tower: nn.Module) -> None:
         blocks = getattr(getattr(tower, "transformer", None), "resblocks", None)
-        if blocks is None or any(type(block) is not ResidualAttentionBlock for block in blocks):
-            raise InputError(f"text tower {type(tower).__name__} is not an open_clip text transformer of plain blocks")
+        if blocks is None:
+            raise InputError(f"text tower {type(tower).__name__} is not an open_clip text transformer")
+        for block in blocks:
+            check_block(block)
         if getattr(tower, "cls_emb", None) is not None:
             raise InputError("text towers with an appended class embedding (CoCa) are not supported")
         if getattr(tower, "use_pad_mask", False):
@@ -55,52 +62,54 @@ class TextTower:
         """Raise ``InputError`` if a class name does not fit behind the start of text and that many context tokens."""
         class_tokens.check_fits((self.start_of_text is not None) + context_tokens, self.context_length)
 
-    def encode(self, context: Tensor, class_tokens: ClassTokens) -> Tensor:
+    def plan(self, groups: int, own: int, shared: int, class_tokens: ClassTokens, budget: MemoryBudget) -> EncodingPlan:
+        """How so many contexts in front of all classes are cut to fit a budget.
+
+        Args:
+            groups: G.
+            own: context tokens that every class has of its own.
+            shared: context tokens that all classes share.
+            class_tokens: the names.
+            budget: see ``Backbone``.
+        """
+        weight = self.token_embedding.weight
+        size = TowerSize(self.width, self.blocks[0].mlp.c_fc.out_features, len(self.blocks), weight.element_size())
+        if self.shares_prefix:
+            shared, lengths = 1 + shared, tuple(own + length for length in class_tokens.lengths)
+        else:
+            shared, lengths = 0, (self.context_length,) * len(class_tokens)
+        return plan_encoding(size, groups, shared, lengths, budget, weight.device, torch.is_grad_enabled())
+
+    def encode(self, context: Tensor, class_tokens: ClassTokens, budget: MemoryBudget) -> Tensor:
         """Text features (G, C, D), not normalised, of contexts (G, M, W) or (G, C, M, W)."""
-        context = context.to(self.token_embedding.weight.dtype)
         self.check_fits(context.shape[-2], class_tokens)
-        if not self.shares_prefix:
-            return self._project(self._encode_full_length(context, class_tokens))
-        return self._project(self._encode_shared_prefix(context, class_tokens))
+        context = context.to(self.token_embedding.weight.dtype)
+        groups, tokens, class_specific = context.shape[0], context.shape[-2], context.dim() == 4
+        own, shared = (tokens, 0) if class_specific else (0, tokens)
+        plan = self.plan(groups, own, shared, class_tokens, budget)
+        if plan.whole:
+            return self._encode(context, class_tokens)
+        names = _split(class_tokens, plan.classes)
+        rows = []
+        for part in context.split(plan.groups):
+            contexts = part.split(plan.classes, dim=1) if class_specific else [part] * len(names)
+            pieces = [
+                checkpoint(self._encode, *piece, use_reentrant=False, preserve_rng_state=False)
+                for piece in zip(contexts, names, strict=True)
+            ]
+            rows.append(torch.cat(pieces, dim=1))
+        return torch.cat(rows)
+
+    def _encode(self, context: Tensor, class_tokens: ClassTokens) -> Tensor:
+        if self.shares_prefix:
+            return self._project(encode_shared_prefix(self, context, class_tokens))
+        return self._project(self._encode_full_length(context, class_tokens))
 
     def _project(self, x: Tensor) -> Tensor:
         x = self.final_norm(x)
         if self.projection is None:
             return x
         return self.projection(x) if isinstance(self.projection, nn.Linear) else x @ self.projection
-
-    # ------------------------------------------------------------------ causal towers
-
-    def _encode_shared_prefix(self, context: Tensor, class_tokens: ClassTokens) -> Tensor:
-        """End-of-text states (G, C, W)."""
-        prefix, names, packing = self._layout(context, class_tokens)
-        shared = prefix.shape[1]
-        x = torch.cat([prefix, names], dim=1)  # (G, S + rows * width, W)
-        open_prefix = packing.visible.new_ones(packing.rows, packing.width, shared)
-        visible = torch.cat([open_prefix, packing.visible], dim=2)[:, None]  # (rows, 1, width, S + width)
-        *blocks, last = self.blocks
-        for block in blocks:
-            x = close_block(block, x, _prefix_attention(block, x, shared, packing, visible))
-        # Of the last block only the end-of-text tokens are read, so only they go through its projection and MLP.
-        ends = shared + packing.last
-        attended = _prefix_attention(last, x, shared, packing, visible)
-        return close_block(last, x.index_select(1, ends), attended.index_select(1, ends))
-
-    def _layout(self, context: Tensor, class_tokens: ClassTokens) -> tuple[Tensor, Tensor, Packing]:
-        """The shared prefix (G, S, W), what follows it in packed slots (G, rows * width, W), and the packing."""
-        groups, own = context.shape[0], context.shape[-2] if context.dim() == 4 else 0
-        device = context.device
-        start = self.embed(torch.tensor([self.start_of_text])).expand(groups, 1, self.width)
-        prefix = start if own else torch.cat([start, context], dim=1)
-        prefix = prefix + self.positional_embedding[: prefix.shape[1]].to(context.dtype)
-
-        packing = pack(tuple(own + length for length in class_tokens.lengths), device)
-        names = self.embed(class_tokens.ids)  # (T, W)
-        follow = _behind_own_context(context, names, class_tokens.lengths) if own else names.expand(groups, -1, -1)
-        positions = self.positional_embedding[prefix.shape[1] + packing.position].to(context.dtype)
-        return prefix, follow.index_select(1, packing.token) + positions, packing
-
-    # ------------------------------------------------------------------ other towers
 
     def _encode_full_length(self, context: Tensor, class_tokens: ClassTokens) -> Tensor:
         """Pooled states (G, C, W) of G * C padded sequences."""
@@ -129,42 +138,6 @@ class TextTower:
         return x[:, :, 0 if self.pool_type == "first" else -1]
 
 
-def _behind_own_context(context: Tensor, names: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """Each class's own context (G, C, M, W) in front of its name: (G, C * M + T, W), class after class."""
-    pieces = [
-        piece
-        for index, name in enumerate(names.split(lengths))
-        for piece in (context[:, index], name.expand(len(context), -1, -1))
-    ]
-    return torch.cat(pieces, dim=1)
-
-
-def _prefix_attention(
-    block: ResidualAttentionBlock, x: Tensor, shared: int, packing: Packing, visible: Tensor
-) -> Tensor:
-    """Causal attention in which each packed name sees its context and itself; without the output projection.
-
-    Args:
-        block: gives the projections.
-        x: (G, S + rows * width, W) normalised tokens, the shared prefix first.
-        shared: S.
-        packing: the rows.
-        visible: (rows, 1, width, S + width) bool.
-
-    Returns:
-        (G, S + rows * width, W).
-    """
-    # Split, not sliced: the backward pass of a slice fills and adds a zero tensor of the full size.
-    prefix, names = split_heads(block, x).split([shared, x.shape[1] - shared], dim=1)
-    q, k, v = prefix.permute(2, 0, 3, 1, 4)  # each (G, heads, S, d)
-    of_prefix = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-    # Groups stand beside heads, so that one mask serves all of them.
-    by_row = names.unflatten(1, (packing.rows, packing.width))  # (G, rows, width, 3, heads, d)
-    row_q, row_k, row_v = by_row.permute(3, 1, 0, 4, 2, 5).flatten(2, 3)  # each (rows, G * heads, width, d)
-    row_k = torch.cat([k.flatten(0, 1).expand(packing.rows, -1, -1, -1), row_k], dim=2)
-    row_v = torch.cat([v.flatten(0, 1).expand(packing.rows, -1, -1, -1), row_v], dim=2)
-    of_names = F.scaled_dot_product_attention(row_q, row_k, row_v, attn_mask=visible)
-
-    of_names = of_names.unflatten(1, k.shape[:2]).permute(1, 0, 3, 2, 4).flatten(1, 2)  # (G, slots, heads, d)
-    return torch.cat([of_prefix.transpose(1, 2), of_names], dim=1).flatten(2)
+@lru_cache(maxsize=16)  # constants of the pieces are found again by their identity
+def _split(class_tokens: ClassTokens, sizes: tuple[int, ...]) -> list[ClassTokens]:
+    return class_tokens.split(sizes)

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from benchmarks.class_names import CALTECH
 from benchmarks.peers import encode_padded
-from fastprompt.backbone.class_tokens import ROW_TOKENS, pack
 from fastprompt.errors import InputError
 from tests.models import TEXT, VIT, make_backbone, make_clip
 
@@ -84,21 +83,6 @@ def test_any_names_contexts_and_lengths(vit_backbone, names, groups, tokens, own
     (got * weights).sum().backward()
     (expected * weights).sum().backward()
     torch.testing.assert_close(context.grad, padded.grad, rtol=1e-9, atol=1e-9)
-
-
-@given(lengths=st.lists(st.integers(1, 75), min_size=1, max_size=200))
-def test_packing_puts_every_token_in_a_slot_of_its_own(lengths):
-    packing = pack(tuple(lengths), torch.device("cpu"))
-    first = torch.tensor([0, *lengths]).cumsum(0)[:-1]
-    taken = packing.visible.flatten(0, 1).sum(dim=-1)  # a token sees itself and those before it in its sequence
-    for index, length in enumerate(lengths):
-        slots = torch.arange(packing.last[index] - length + 1, packing.last[index] + 1)
-        assert (packing.token[slots] == first[index] + torch.arange(length)).all()
-        assert (packing.position[slots] == torch.arange(length)).all()
-        assert (taken[slots] == torch.arange(1, length + 1)).all()
-        assert slots[0] // packing.width == slots[-1] // packing.width
-    assert packing.width <= max(ROW_TOKENS + max(lengths), 2 * max(lengths))
-    assert packing.rows * packing.width <= sum(lengths) + packing.rows * max(lengths)
 
 
 def test_suffix_stands_behind_every_name(vit_backbone):
