@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..implementations import cast_by_autocast, runs_triton
-from . import blocked, reference, sdpa
+from . import blocked, flash, reference, sdpa
 
 COMPOSED = {"reference": reference, "sdpa": sdpa}
 
@@ -91,6 +91,8 @@ class _Gradients(torch.autograd.Function):
 
 def _implementation(impl: str, like: Tensor, sequence: Tensor) -> ModuleType:
     """The module that runs this call. It is chosen here, out of sight of torch.compile, alike forward and backward."""
+    if impl == "flash" or (impl == "auto" and like.device.type == "cpu"):
+        return flash
     if not runs_triton(impl, like.device, like.dtype):
         return blocked
     from . import triton
