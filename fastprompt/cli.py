@@ -105,6 +105,7 @@ def run(command: Train | EvaluateConfig | PredictConfig | ExplainConfig | Doctor
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("fastprompt.backbone.memory").setLevel(logging.INFO)  # what a training step will take
     command = tyro.cli(
         Command,
         prog="fastprompt",

@@ -50,11 +50,11 @@ class TowerSize:
         return (5 * self.width + self.hidden) * self.element_size + 4 * max(4, self.element_size)
 
     def per_token(self, with_gradient: bool) -> int:
-        """Bytes of a token at the worst moment of a pass: in the last block but one, which is the last full one.
+        """Bytes of a token at the worst moment of a pass: in the last block, of which little is kept.
 
-        Of the last block only the end-of-text tokens are kept whole; the others keep its input, keys and values.
+        Beside what all other blocks keep, there are tensors that come and go: seven of width W and the hidden one.
         """
-        passing = (4 * self.width + self.hidden) * self.element_size
+        passing = (7 * self.width + self.hidden) * self.element_size
         return passing + (self.blocks - 1) * self.saved_per_block if with_gradient else passing
 
 
@@ -65,7 +65,8 @@ class EncodingPlan:
     Attributes:
         groups: contexts of a piece.
         classes: classes of each piece; they sum to C.
-        nbytes: estimated peak memory in bytes, beside the weights and the features themselves.
+        nbytes: estimated bytes of all tensors at the worst moment, beside the weights and the features themselves. A
+            process may grow by up to half as much again, because its allocator leaves gaps.
         whole: whether there is a single piece.
     """
 
@@ -103,7 +104,9 @@ def plan_encoding(
     available = automatic_budget(device) if budget == "auto" else budget
     tokens = groups * (shared + sum(lengths))
     if available is None or tokens * per_token <= available:
-        return _logged(EncodingPlan(groups, (len(lengths),), tokens * per_token, whole=True), tokens, groups)
+        return _logged(
+            EncodingPlan(groups, (len(lengths),), tokens * per_token, whole=True), tokens, groups, with_gradient
+        )
     at_once = int(available / per_token * SPARE)
     if shared + max(lengths) > at_once:
         needed = int((shared + max(lengths)) * per_token / SPARE) + 1
@@ -117,7 +120,7 @@ def plan_encoding(
         ends = [0, *torch.tensor(classes).cumsum(0).tolist()]
         largest = max(sum(lengths[start:end]) for start, end in pairwise(ends))
         plan = EncodingPlan(1, classes, (shared + largest) * per_token, whole=False)
-    return _logged(plan, tokens, groups)
+    return _logged(plan, tokens, groups, with_gradient)
 
 
 def _cut(lengths: tuple[int, ...], limit: int) -> tuple[int, ...]:
@@ -134,11 +137,13 @@ def _cut(lengths: tuple[int, ...], limit: int) -> tuple[int, ...]:
     return tuple(classes)
 
 
-def _logged(plan: EncodingPlan, tokens: int, groups: int) -> EncodingPlan:
+def _logged(plan: EncodingPlan, tokens: int, groups: int, with_gradient: bool) -> EncodingPlan:
     pieces = -(-groups // plan.groups) * len(plan.classes)
-    log.info(
-        "text encoder: %d contexts x %d classes are %d tokens, in %d piece%s of about %.0f MB",
-        *(groups, sum(plan.classes), tokens, pieces, "s" * (pieces > 1), plan.nbytes / 1e6),
+    log.log(
+        logging.INFO if with_gradient else logging.DEBUG,
+        "%s %d contexts x %d classes: %d tokens, in %d piece%s of about %.0f MB",
+        *("training on" if with_gradient else "encoding", groups, sum(plan.classes), tokens),
+        *(pieces, "s" * (pieces > 1), plan.nbytes / 1e6),
     )
     return plan
 

@@ -62,6 +62,11 @@ class TextTower:
         """Raise ``InputError`` if a class name does not fit behind the start of text and that many context tokens."""
         class_tokens.check_fits((self.start_of_text is not None) + context_tokens, self.context_length)
 
+    def size(self) -> TowerSize:
+        """What decides how much memory a token takes."""
+        hidden, element_size = self.blocks[0].mlp.c_fc.out_features, self.token_embedding.weight.element_size()
+        return TowerSize(self.width, hidden, len(self.blocks), element_size)
+
     def plan(self, groups: int, own: int, shared: int, class_tokens: ClassTokens, budget: MemoryBudget) -> EncodingPlan:
         """How so many contexts in front of all classes are cut to fit a budget.
 
@@ -72,13 +77,12 @@ class TextTower:
             class_tokens: the names.
             budget: see ``Backbone``.
         """
-        weight = self.token_embedding.weight
-        size = TowerSize(self.width, self.blocks[0].mlp.c_fc.out_features, len(self.blocks), weight.element_size())
+        device, with_gradient = self.token_embedding.weight.device, torch.is_grad_enabled()
         if self.shares_prefix:
             shared, lengths = 1 + shared, tuple(own + length for length in class_tokens.lengths)
         else:
             shared, lengths = 0, (self.context_length,) * len(class_tokens)
-        return plan_encoding(size, groups, shared, lengths, budget, weight.device, torch.is_grad_enabled())
+        return plan_encoding(self.size(), groups, shared, lengths, budget, device, with_gradient)
 
     def encode(self, context: Tensor, class_tokens: ClassTokens, budget: MemoryBudget) -> Tensor:
         """Text features (G, C, D), not normalised, of contexts (G, M, W) or (G, C, M, W)."""
