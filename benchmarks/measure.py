@@ -45,6 +45,9 @@ class Case:
         tolerance: largest relative error ``norm(x - truth) / norm(truth)`` of any result.
         floors: by name, the least work that such a computation must do; timed with the others, never checked.
         calls: calls that are timed together, for what takes microseconds.
+        shares: by name, n for an implementation that does the first n-th of the work only, because the whole would
+            take minutes: its time is multiplied by n, its memory is not. The truth is such a share, too, and results
+            are compared with it as far as it goes along the first axis.
     """
 
     implementations: Mapping[str, Implementation]
@@ -53,6 +56,7 @@ class Case:
     tolerance: float
     floors: Mapping[str, Callable[[], object]] = field(default_factory=dict)
     calls: int = 1
+    shares: Mapping[str, int] = field(default_factory=dict)
 
 
 Build = Callable[[Shape, torch.device], Case]
@@ -161,6 +165,8 @@ def check(case: Case) -> tuple[dict[str, float], dict[str, str]]:
         except UnavailableError as error:
             left_out[name] = str(error)
             continue
+        if case.shares:
+            results = tuple(got[: len(expected)] for got, expected in zip(results, truth, strict=True))
         _compare(name, results, truth, case.tolerance)  # this waits for the device
         first_calls[name] = time.perf_counter() - start
     return first_calls, left_out
@@ -190,7 +196,7 @@ def time_interleaved(case: Case, device: torch.device, seconds: float) -> dict[s
         if done >= MIN_ROUNDS and time.perf_counter() > end:
             break
         for name, run in all_of_them.items():
-            times[name].append(_milliseconds(run, device, case.calls))
+            times[name].append(case.shares.get(name, 1) * _milliseconds(run, device, case.calls))
     return times
 
 
