@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from fastprompt_kernels import triton_sorting
 from fastprompt_kernels.patch_statistics import triton as statistics
+from fastprompt_kernels.prefix_attention import triton as attention
 from fastprompt_kernels.topk_similarity import triton as launch
 from fastprompt_kernels.topk_similarity import triton_backward, triton_forward
 from triton.backends.compiler import GPUTarget
@@ -109,10 +110,15 @@ KERNELS: dict[str, tuple[object, tuple[ModuleType, ...]]] = {
     "row_maximum_kernel": (row_maximum_kernel, (triton_forward,)),
     "statistics_kernel": (statistics.statistics_kernel, (statistics,)),
     "statistics_grad_kernel": (statistics.statistics_grad_kernel, (statistics,)),
+    "attention_kernel": (attention.attention_kernel, (attention,)),
+    "attention_grad_kernel": (attention.attention_grad_kernel, (attention,)),
 }
-FEATURES = ("patches", "prompts", "result", "mine", "others")
-FLOATS = ("values", "level_grad", "partial", "maximum", "logsumexp", "entropy", "grads", "unit")
-POINTERS = dict.fromkeys(FLOATS, "*fp32") | {"selected": "*i32", "largest": "*i32", "rank": "*i64", "labels": "*i64"}
+FEATURES = (
+    "patches", "prompts", "result", "mine", "others", "tokens", "queries", "grad", "of_tokens", "of_queries"
+)  # fmt: skip
+FLOATS = ("values", "level_grad", "partial", "maximum", "logsumexp", "entropy", "grads", "unit", "of_prefix")
+POINTERS = dict.fromkeys(FLOATS, "*fp32") | {"selected": "*i32", "largest": "*i32"}
+POINTERS |= dict.fromkeys(("rank", "labels", "sequence", "slots"), "*i64")
 MULTIPLES_OF_16 = (
     "D", "stride_patches_b", "stride_patches_p", "stride_prompts_n", "stride_prompts_c", "stride_mine_outer",
     "stride_mine_inner", "stride_others_outer", "stride_others_inner",
@@ -125,6 +131,7 @@ def configurations(targets: Iterable[str] = TARGETS, dtypes: Iterable[torch.dtyp
     for dtype in dtypes:
         for target in targets:
             yield from _statistics(target, dtype)
+            yield from _attention(target, dtype)
             for usual in _similarity(target, dtype):
                 yield usual
                 if usual.kernel == "grad_prompts_kernel":
@@ -144,6 +151,16 @@ def _statistics(target: str, dtype: torch.dtype) -> Iterator[Configuration]:
         for of_patches in (0, 1):
             blocks = (*statistics.backward_blocks(target, dtype, index).items(), ("PATCHES", of_patches), *bits)
             yield Configuration("statistics_grad_kernel", target, dtype, 0, 0, True, 1, blocks)
+
+
+def _attention(target: str, dtype: torch.dtype) -> Iterator[Configuration]:
+    """Those of prefix_attention, which takes no float32."""
+    if dtype == torch.float32:
+        return
+    for backward, S, everything in product((False, True), (16, 32, 64), (0, 1)):
+        kernel = "attention_grad_kernel" if backward else "attention_kernel"
+        blocks = (*attention.launch_blocks(target, S, backward).items(), ("ALL", everything))
+        yield Configuration(kernel, target, dtype, 0, 0, False, 1, blocks)
 
 
 def _similarity(target: str, dtype: torch.dtype) -> Iterator[Configuration]:

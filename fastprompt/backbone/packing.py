@@ -11,7 +11,7 @@ from torch import Tensor
 
 # Attention runs inside rows, so its cost grows with their width, and narrow rows copy the shared prefix more often.
 ROW_TOKENS_CPU = 32
-ROW_TOKENS_DEVICE = 128  # fills the tiles of a GPU
+ROW_TOKENS_DEVICE = 56  # with up to seven more, the tiles of the Triton kernels hold a row
 
 WIDTHS, FULL = 8, 1.01  # how many widths are tried, until at most 1 % of the slots are empty
 

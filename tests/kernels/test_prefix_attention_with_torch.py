@@ -5,7 +5,7 @@ import torch
 from fastprompt_kernels import prefix_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPAQUE = ["blocked"]
+OPAQUE = ["blocked", "triton"]
 each_implementation = pytest.mark.parametrize("impl", ["reference", "sdpa", *OPAQUE])
 TOKENS, SEQUENCE, SLOTS = torch.ones(2, 11, 3, 2, 4), torch.arange(8).view(2, 4) // 2, torch.tensor([[1, 3], [0, 3]])
 QUERIES = torch.ones(2, 4, 2, 4)
@@ -17,8 +17,9 @@ def _nothing_compiled_before():
     torch.compiler.reset()
 
 
-def make_inputs(G=2, dtype=torch.float32):
-    """Tokens, keys and values, queries; sequence and slots."""
+def make_inputs(G=2, impl="blocked"):
+    """Tokens, keys and values, queries, in float32 where the implementation takes it; sequence and slots."""
+    dtype = torch.bfloat16 if impl == "triton" else torch.float32
     generator = torch.Generator().manual_seed(G)
     tensors = (torch.randn(G, *shape, generator=generator) for shape in ((11, 3, 2, 4), (11, 2, 2, 4), (4, 2, 4)))
     floats = [tensor.to(DEVICE, dtype).requires_grad_() for tensor in tensors]
@@ -41,21 +42,19 @@ def assert_same(actual, expected, inputs):
 
 
 @pytest.mark.parametrize("impl", OPAQUE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(impl, dtype):
-    tokens, keys, queries, sequence, slots = (tensor.detach() for tensor in make_inputs(dtype=dtype))
+def test_opcheck(impl):
+    tokens, keys, queries, sequence, slots = (tensor.detach() for tensor in make_inputs(impl=impl))
     for arguments in ((tokens, None, sequence, None, impl), (keys, queries, sequence, slots, impl)):
         torch.library.opcheck(torch.ops.fastprompt.prefix_attention.default, arguments)
         grad = torch.ops.fastprompt.prefix_attention(*arguments)
         torch.library.opcheck(torch.ops.fastprompt.prefix_attention_grad.default, (grad, *arguments))
 
 
-@each_implementation
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("impl", "dynamic"), [("sdpa", False), *((impl, d) for impl in OPAQUE for d in (False, True))])
 def test_compiled_equals_eager(impl, dynamic):
     compiled = torch.compile(both, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for G in (2, 3):
-        inputs = make_inputs(G)
+        inputs = make_inputs(G, impl)
         assert_same(compiled(*inputs, impl), both(*inputs, impl), inputs)
 
 
@@ -65,7 +64,7 @@ def test_exported_equals_eager(impl):
         def forward(self, *inputs):
             return both(*inputs, impl)
 
-    inputs = tuple(tensor.detach() for tensor in make_inputs())
+    inputs = tuple(tensor.detach() for tensor in make_inputs(impl=impl))
     assert torch.equal(torch.export.export(Attention(), inputs).module()(*inputs), both(*inputs, impl))
 
 
@@ -84,7 +83,7 @@ def test_autocast_casts_the_inputs_and_nothing_inside(impl, compiled):
 
 @each_implementation
 def test_functional_gradient_equals_that_of_autograd(impl):
-    tokens, *rest = make_inputs()
+    tokens, *rest = make_inputs(impl=impl)
 
     def loss(tokens):
         return both(tokens, *(tensor.detach() for tensor in rest), impl).square().sum()
@@ -94,10 +93,30 @@ def test_functional_gradient_equals_that_of_autograd(impl):
 
 @pytest.mark.parametrize("impl", OPAQUE)
 def test_second_gradient_is_refused(impl):
-    tokens, _, _, sequence, _ = make_inputs()
+    tokens, _, _, sequence, _ = make_inputs(impl=impl)
     first = torch.autograd.grad(prefix_attention(tokens, sequence, impl=impl).sum(), tokens, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="differentiated again with impl='reference' only"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "reason"),
+    [
+        (
+            torch.float32,
+            (1, 9, 3, 1, 8),
+            "the kernels of prefix_attention take float16 and bfloat16, not torch.float32",
+        ),
+        (torch.float64, (1, 9, 3, 1, 8), "float64"),
+        (torch.float16, (1, 9, 3, 1, 65), r"S, width and d of up to 64 in their tiles, not \(1, 4, 65\)"),
+        (torch.float16, (1, 73, 3, 1, 8), r"not \(65, 4, 8\)"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_refused_and_auto_runs_without_them(dtype, shape, reason):
+    tokens = torch.ones(shape, dtype=dtype, device=DEVICE)
+    with pytest.raises(ValueError, match=f"impl='triton' cannot run here: .*{reason}"):
+        prefix_attention(tokens, SEQUENCE.to(DEVICE), impl="triton")
+    assert torch.equal(prefix_attention(tokens, SEQUENCE.to(DEVICE)), torch.ones(1, shape[1], shape[-1]).to(tokens))
 
 
 @pytest.mark.parametrize(

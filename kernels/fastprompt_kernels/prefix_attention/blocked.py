@@ -6,26 +6,25 @@ prefix attends to itself as a row without a prefix.
 """
 
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor
 
-from ..cores import exact_bfloat16_products, on_all_cores, parts
+from ..cores import exact_bfloat16_products, parts
 from .sdpa import visible_keys
 
-# Slots in a tile: on a processor as many as make a product worth its call and leave the tile in the caches, elsewhere
-# as many as fill the device.
-SLOTS = 512
+# Slots in a tile: on a processor as many as make products worth sharing out to the cores and leave the tile in the
+# caches, elsewhere as many as fill the device. Torch's own threads do the sharing, which took two thirds of the time
+# that threads with a tile each took.
+SLOTS = 2048
 SLOTS_OF_DEVICES = 2**15
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """Some rows of some groups and heads, or the prefix of these, as one row."""
+    """Some rows of some groups, or their prefix as one row."""
 
     groups: slice
-    heads: slice
     first: int  # token of the keys, and their number in a row
     width: int
     first_query: int  # and their number in a row
@@ -35,17 +34,17 @@ class _Tile:
     part: int  # of the sum that makes the gradient of the prefix
 
     def rows(self, tensor: Tensor, first: int, width: int) -> Tensor:
-        """Its part of (G, tokens, H, d), as (g, R, h, width, d)."""
-        own = tensor[self.groups, first : first + len(self.bias) * width, self.heads]
+        """Its part of (G, tokens, H, d), as (g, R, H, width, d)."""
+        own = tensor[self.groups, first : first + len(self.bias) * width]
         return own.unflatten(1, (-1, width)).transpose(2, 3)
 
     def queries(self, tensor: Tensor) -> Tensor:
-        """Its queries, or what stands in their place, as (g, R, h, per_row, d)."""
+        """Its queries, or what stands in their place, as (g, R, H, per_row, d)."""
         return self.rows(tensor, self.first_query, self.per_row)
 
     def prefix(self, tensor: Tensor) -> Tensor:
-        """The keys or values of the prefix, (g, 1, h, S, d)."""
-        return tensor[self.groups, : self.shared, self.heads].transpose(1, 2)[:, None]
+        """The keys or values of the prefix, (g, 1, H, S, d)."""
+        return tensor[self.groups, : self.shared].transpose(1, 2)[:, None]
 
 
 def forward(tokens: Tensor, queries: Tensor | None, sequence: Tensor, slots: Tensor | None) -> Tensor:
@@ -53,13 +52,11 @@ def forward(tokens: Tensor, queries: Tensor | None, sequence: Tensor, slots: Ten
     source = tokens[:, :, 0] if queries is None else queries
     result = torch.empty(source.shape, dtype=tokens.dtype, device=tokens.device)
 
-    def attend(tile: _Tile) -> None:
-        q, k, v = _operands(tile, source, tokens)
-        of_tile = tile.queries(result)
-        of_tile.copy_(torch.bmm(_probabilities(tile, q, k), v).view(of_tile.shape))
-
     with exact_bfloat16_products(tokens):
-        on_all_cores(attend, _tiles(tokens, sequence, slots), tokens.device)
+        for tile in _tiles(tokens, sequence, slots):
+            q, k, v = _operands(tile, source, tokens)
+            of_tile = tile.queries(result)
+            of_tile.copy_(torch.bmm(_probabilities(tile, q, k), v).view(of_tile.shape))
     return result.flatten(2)
 
 
@@ -74,25 +71,22 @@ def backward(
     of_source = of_tokens[:, :, 0] if queries is None else of_queries
     tiles = _tiles(tokens, sequence, slots)
     (G, _, _, H, d), shared = tokens.shape, tokens.shape[1] - sequence.numel()
-    parts_of_prefix = 1 + max((tile.part for (tile,) in tiles), default=0)
+    parts_of_prefix = 1 + max((tile.part for tile in tiles), default=0)
     of_prefix = torch.empty(parts_of_prefix, 2, G, H, shared, d, dtype=_accumulator(tokens), device=tokens.device)
 
-    def differentiate(tile: _Tile) -> None:
-        operands = _operands(tile, source, tokens)
-        own = tile.queries(grad)
-        of_q, of_kv = _gradients(tile, *operands, own.to(of_prefix.dtype).flatten(0, 2))
-        tile.queries(of_source).copy_(of_q.view(own.shape))
-        of_kv = of_kv.unflatten(1, own.shape[:3])
-        mine = of_prefix[tile.part, :, tile.groups, tile.heads]
-        if tile.shared == 0:
-            mine.copy_(of_kv[:, :, 0])
-            return
-        torch.sum(of_kv[..., : tile.shared, :], 2, out=mine)
-        for index in (0, 1):
-            tile.rows(of_tokens[:, :, index - 2], tile.first, tile.width).copy_(of_kv[index, ..., tile.shared :, :])
-
     with exact_bfloat16_products(tokens):
-        on_all_cores(differentiate, tiles, tokens.device)
+        for tile in tiles:
+            own = tile.queries(grad)
+            of_q, of_kv = _gradients(tile, *_operands(tile, source, tokens), own.to(of_prefix.dtype).flatten(0, 2))
+            tile.queries(of_source).copy_(of_q.view(own.shape))
+            of_kv = of_kv.unflatten(1, own.shape[:3])
+            if tile.shared == 0:
+                of_prefix[tile.part, :, tile.groups] = of_kv[:, :, 0]
+                continue
+            torch.sum(of_kv[..., : tile.shared, :], 2, out=of_prefix[tile.part, :, tile.groups])
+            for index in (0, 1):
+                own_keys = tile.rows(of_tokens[:, :, index - 2], tile.first, tile.width)
+                own_keys.copy_(of_kv[index, ..., tile.shared :, :])
     of_tokens[:, :shared, -2:] = of_prefix.sum(0).permute(1, 3, 0, 2, 4)
     return of_tokens, of_queries
 
@@ -101,28 +95,23 @@ def _accumulator(tokens: Tensor) -> torch.dtype:
     return torch.promote_types(tokens.dtype, torch.float32)
 
 
-def _tiles(tokens: Tensor, sequence: Tensor, slots: Tensor | None) -> list[tuple[_Tile]]:
-    """All of them. Rows are cut in the same places whatever else there is, so that every sum has a fixed order.
-
-    What is cut beyond that, groups and heads, are results of their own.
-    """
-    (G, T, _, H, _), (rows, width) = tokens.shape, sequence.shape
-    shared, dtype, on_cpu = T - rows * width, _accumulator(tokens), tokens.device.type == "cpu"
+def _tiles(tokens: Tensor, sequence: Tensor, slots: Tensor | None) -> list[_Tile]:
+    """All of them. Rows are cut in the same places for any number of groups, so that every sum has a fixed order."""
+    (rows, width), (G, T) = sequence.shape, tokens.shape[:2]
+    shared, dtype = T - rows * width, _accumulator(tokens)
     per_row = width if slots is None else slots.shape[1]
-    at_once = max(1, (SLOTS if on_cpu else SLOTS_OF_DEVICES) // width)
+    at_once = max(1, (SLOTS if tokens.device.type == "cpu" else SLOTS_OF_DEVICES) // width)
     cuts = list(parts(rows, at_once))
-    groups = list(parts(G, at_once // rows))
-    few = max(1, (torch.get_num_threads() if on_cpu else 1) // max(1, len(groups) * len(cuts)))
     bias = _bias(visible_keys(sequence, slots, shared), dtype)
     tiles = []
-    for chosen, heads in product(groups, parts(H, -(-H // few))):
+    for groups in parts(G, at_once // rows):
         for part, cut in enumerate(cuts):
             first_query = cut.start * per_row + (shared if slots is None else 0)
-            place = shared + cut.start * width, width, first_query, per_row
-            tiles.append((_Tile(chosen, heads, *place, bias[cut], shared, part),))
+            first = shared + cut.start * width
+            tiles.append(_Tile(groups, first, width, first_query, per_row, bias[cut], shared, part))
         if slots is None:
             causal = _bias(torch.ones(1, shared, shared, dtype=torch.bool, device=tokens.device).tril(), dtype)
-            tiles.append((_Tile(chosen, heads, 0, shared, 0, shared, causal, 0, len(cuts)),))
+            tiles.append(_Tile(groups, 0, shared, 0, shared, causal, 0, len(cuts)))
     return tiles
 
 
@@ -144,7 +133,7 @@ def _operands(tile: _Tile, source: Tensor, tokens: Tensor) -> tuple[Tensor, Tens
 def _probabilities(tile: _Tile, q: Tensor, k: Tensor) -> Tensor:
     """(n, per_row, shared + width)."""
     scores = q.new_empty(len(q), q.shape[1], k.shape[1])
-    scores.view(-1, len(tile.bias), tile.heads.stop - tile.heads.start, *scores.shape[1:]).copy_(tile.bias[:, None])
+    scores.view(tile.groups.stop - tile.groups.start, len(tile.bias), -1, *scores.shape[1:]).copy_(tile.bias[:, None])
     return scores.baddbmm_(q, k.mT, alpha=q.shape[-1] ** -0.5).softmax(-1)
 
 
