@@ -45,8 +45,8 @@ def prefix_attention(
             for the device.
         impl: "reference" (plain torch, the definition), "sdpa" (torch's scaled_dot_product_attention, any device),
             "blocked" (plain torch, bounded memory, any device), "flash" (torch's fused attention of processors),
-            "triton" (fused kernels: CUDA and ROCm, float16 and bfloat16, S, width and d up to 64), or "auto": flash on a
-            CPU, elsewhere triton where it can run, else blocked. What is named explicitly is run or refused, never
+            "triton" (fused kernels: CUDA and ROCm, float16 and bfloat16, S, width and d up to 64), or "auto": flash on
+            a CPU, elsewhere triton where it can run, else blocked. What is named explicitly is run or refused, never
             replaced.
 
     Returns:
