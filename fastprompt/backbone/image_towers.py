@@ -11,7 +11,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
-from fastprompt.backbone.blocks import close_block
+from fastprompt.backbone.blocks import close_block, project
 from fastprompt.errors import InputError
 
 
@@ -101,13 +101,9 @@ class VisionTransformerTower(ImageTower):
 
 def _value_path_block(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
     """One block in which token 0 attends to all tokens and every other token keeps its own value."""
-    attention, tokens = block.attn, block.ln_1(x)
-    sizes = [x.shape[-1], 2 * x.shape[-1]]
-    q_weight, kv_weight = attention.in_proj_weight.split(sizes)
-    q_bias, kv_bias = attention.in_proj_bias.split(sizes)
-    q = F.linear(tokens[:, 0], q_weight, q_bias).unflatten(-1, (attention.num_heads, -1)).unsqueeze(2)
-    kv = F.linear(tokens, kv_weight, kv_bias).unflatten(-1, (2, attention.num_heads, -1))
-    k, v = kv.permute(2, 0, 3, 1, 4)  # each (B, heads, 1 + P, d)
+    heads = (block.attn.num_heads, -1)
+    q = project(block, x[:, :1], "q").unflatten(-1, heads).transpose(1, 2)  # (B, heads, 1, d)
+    k, v = project(block, x, "kv").unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)  # each (B, heads, 1 + P, d)
     attended = F.scaled_dot_product_attention(q, k, v)
     mixed = torch.cat([attended, v[:, :, 1:]], dim=2).transpose(1, 2).flatten(2)
     return close_block(block, x, mixed)

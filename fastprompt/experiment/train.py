@@ -68,8 +68,14 @@ def train_run(config: ExperimentConfig, *, backbone: Backbone | None = None, pro
     if not run.complete or not run.metrics(EVALUATION):
         if backbone is None:
             name, weights = config.backbone_and_weights()
-            place = {"device": config.device, "precision": config.precision, "cache_dir": config.weights_dir}
-            backbone = load_backbone(name, weights, **place)
+            backbone = load_backbone(
+                name,
+                weights,
+                device=config.device,
+                precision=config.precision,
+                cache_dir=config.weights_dir,
+                memory_budget=config.memory_budget,
+            )
         learner, *peers = _learners(config, backbone, train.class_names)
         tests = _tests(dataset, backbone, config, progress)
         for row in (learner, *peers):

@@ -154,7 +154,7 @@ def test_what_the_kernels_do_not_take_is_refused_and_auto_runs_without_them(dtyp
         (TOKENS[:, :, 1:], SEQUENCE, {**KEYWORDS, "slots": SLOTS.bool()}, TypeError, "slots must be a tensor of integ"),
         (TOKENS[:, :, 1:], SEQUENCE, {**KEYWORDS, "slots": SLOTS + 1}, ValueError, "between 0 and 3, got 1 to 4"),
         (TOKENS[:, :, 1:], SEQUENCE, {**KEYWORDS, "slots": SLOTS - 1}, ValueError, "between 0 and 3, got -1 to 2"),
-        (TOKENS, SEQUENCE, {"impl": "flash"}, ValueError, "impl must be one of 'auto', .*'sdpa'.*, got 'flash'"),
+        (TOKENS, SEQUENCE, {"impl": "fused"}, ValueError, "impl must be one of 'auto', .*'sdpa'.*, got 'fused'"),
     ],
 )
 def test_arguments_that_do_not_fit(tokens, sequence, keywords, error, sentence):
