@@ -34,6 +34,31 @@ def test_patches_of_many_images_have_gradients_of_their_own(monkeypatch):
     assert patches.grad[..., 0].nonzero().tolist() == [[image, 150] for image in range(200)]
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("P", [2, 50, 300])
+def test_patches_that_differ_in_their_last_bits_are_told_apart(sign, P):
+    """Their places stand in those bits while they are sorted."""
+    order = torch.randperm(P, generator=torch.Generator().manual_seed(P))
+    patches = (sign * (1 + order * 2.0**-23)).view(1, P, 1)
+    _, selected = blocked.forward(patches, torch.ones(1, 1, 1), [[P // 2]], keep=True)
+    assert selected.flatten().sort().values.tolist() == patches.flatten().topk(P // 2).indices.sort().values.tolist()
+
+
+@pytest.mark.parametrize("impl", ["dense", "blocked"])
+def test_infinite_and_missing_numbers_are_selected_as_the_definition_does(impl):
+    patches = torch.arange(12.0).view(1, 12, 1)
+    for place, number in ((2, torch.inf), (5, -torch.inf), (7, torch.nan), (9, torch.nan)):
+        patches[0, place] = number
+    for k in (1, 2, 3, 4, 11):
+        grads = []
+        for name in ("reference", impl):
+            leaf = patches.clone().requires_grad_()
+            topk_similarity(leaf, torch.ones(1, 1, 1), k, impl=name).sum().backward()
+            grads.append(leaf.grad)
+        assert grads[0].count_nonzero() == k
+        torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, "bf16"), (torch.float32, None)])
 def test_products_have_the_precision_of_their_inputs(monkeypatch, dtype, expected):
     seen, real = [], blocked._scores
