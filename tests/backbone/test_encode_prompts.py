@@ -40,7 +40,7 @@ def published(request):
 def gradients(features, context):
     """Features, and the gradient of their product with fixed numbers."""
     weights = torch.randn(features.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    return features.detach(), torch.autograd.grad((features * weights).sum(), context)[0]
+    return features.detach(), *torch.autograd.grad((features * weights).sum(), context)
 
 
 def padded_ids(names):
@@ -161,6 +161,21 @@ def test_words_behind_the_name_stand_between_it_and_the_suffix(causal):
             expected = backbone.model.encode_text(ids, normalize=True)
             got = backbone.encode_prompts(context, class_tokens, after)[0]
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_words_behind_the_name_are_encoded_in_pieces(vit_backbone, monkeypatch, own):
+    class_tokens = vit_backbone.tokenize(["cat", "polar bear", "sea"], suffix=".")
+    context, after = context_of(vit_backbone, 2, 4), context_of(vit_backbone, 2, 3)
+    if own:
+        after = torch.stack([after, 2 * after, 3 * after], dim=1).detach().requires_grad_()
+    expected = gradients(vit_backbone.encode_prompts(context, class_tokens, after), (context, after))
+    shared, lengths = 5, [3 + length for length in class_tokens.lengths]
+    for tokens in (shared + sum(lengths), shared + max(lengths)):
+        budget = int(tokens * vit_backbone._text.size().per_token(with_gradient=True) / SPARE) + 1
+        monkeypatch.setattr(vit_backbone, "memory_budget", budget)
+        got = gradients(vit_backbone.encode_prompts(context, class_tokens, after), (context, after))
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
 
 
 def test_a_context_behind_names_of_unknown_length_is_refused(vit_backbone):
