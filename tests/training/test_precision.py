@@ -42,7 +42,7 @@ class Rendered:
 def outcome():
     """By precision the mean loss of every epoch, and the test probabilities after the last."""
     found = {}
-    settings = replace(published_settings("gallop", SHOTS), epochs=EPOCHS, batch_size=BATCH, lr=0.02)
+    settings = replace(published_settings(GalLoP.recipes["default"], SHOTS), epochs=EPOCHS, batch_size=BATCH, lr=0.02)
     for precision in ("fp32", "bf16"):
         backbone = load_backbone("demo", device="cpu", precision=precision)
         torch.manual_seed(0)
