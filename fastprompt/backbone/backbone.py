@@ -138,7 +138,9 @@ class Backbone(nn.Module):
         ids = torch.tensor(self.tokenizer.encode(words), dtype=torch.long)
         return at_least_float32(self._text.embed(ids)).clone()
 
-    def encode_prompts(self, context: Tensor, class_tokens: ClassTokens, after: Tensor | None = None) -> Tensor:
+    def encode_prompts(
+        self, context: Tensor, class_tokens: ClassTokens, after: Tensor | None = None, *, normalise: bool = True
+    ) -> Tensor:
         """Text features (G, C, D), L2-normalised, of every class behind every context.
 
         Gradients reach ``context`` through the frozen tower. In a causal tower the G prefixes are encoded once and
@@ -149,6 +151,7 @@ class Backbone(nn.Module):
             class_tokens: from ``tokenize``.
             after: context between name and suffix, in either shape with the same G, for prompts whose name stands in
                 the middle or in front; it is encoded once a class.
+            normalise: False leaves the features as long as the tower makes them, for methods that average them first.
 
         Raises:
             InputError: wrong shape, a class name that does not fit behind the context, or a budget too small for it.
@@ -161,7 +164,8 @@ class Backbone(nn.Module):
             after = after.to(self.device)
         with torch.autocast(self.device.type, enabled=False):  # the weights' precision is the tower's
             features = self._text.encode(context.to(self.device), class_tokens, self.memory_budget, after)
-        return F.normalize(at_least_float32(features), dim=-1)
+        text = at_least_float32(features)
+        return F.normalize(text, dim=-1) if normalise else text
 
     def _check_context(self, name: str, context: Tensor, class_tokens: ClassTokens) -> None:
         shape = tuple(context.shape)
