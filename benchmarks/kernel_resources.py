@@ -6,9 +6,6 @@ the maximum of every row of the same product, for each element of the padded til
 similarities tie is left out.
 """
 
-import ast
-import hashlib
-import inspect
 import json
 import re
 import subprocess
@@ -17,60 +14,17 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
-from itertools import product
+from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
-from types import ModuleType
 
-import torch
 import triton
 import triton.language as tl
-from fastprompt_kernels import triton_sorting
-from fastprompt_kernels.patch_statistics import triton as statistics
-from fastprompt_kernels.sinkhorn import triton as sinkhorn
-from fastprompt_kernels.topk_similarity import triton as launch
-from fastprompt_kernels.topk_similarity import triton_backward, triton_forward
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import triton_row_maximum
+from benchmarks.kernel_configurations import KERNELS, TARGETS, TYPES, Configuration, configurations, key
 
-TARGETS = {
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-DTYPES = (torch.bfloat16, torch.float32, torch.float16)
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TENSOR_CORES = re.compile(r"\b(HGMMA|UTCHMMA|HMMA|v_mfma)")
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """A kernel as it can be launched.
-
-    Attributes:
-        kernel: its name, in one of the modules of KERNELS.
-        target: the name of a target.
-        dtype: of the inputs.
-        patches: the largest P that is launched so, or 0 for any larger one.
-        k: the length of the sorted run; 0 for kernels without one.
-        keep: whether the selection is written, or read.
-        scales: how many k a prompt has.
-        blocks: tile sizes and warps, as the launch table gives them.
-    """
-
-    kernel: str
-    target: str
-    dtype: torch.dtype
-    patches: int
-    k: int
-    keep: bool
-    scales: int
-    blocks: tuple[tuple[str, int | bool], ...]
 
 
 @dataclass(frozen=True)
@@ -101,97 +55,19 @@ class Resources:
         return (*(getattr(self, field.name) for field in fields(self)[:9]), self.triton)
 
 
-# The kernels, and the modules whose source decides what is found out about them: the forward kernel's instructions are
-# counted beyond those of the row maximum. Another op adds its kernels here and its configurations in `configurations`.
-KERNELS: dict[str, tuple[object, tuple[ModuleType, ...]]] = {
-    "forward_kernel": (triton_forward.forward_kernel, (triton_forward, triton_sorting, triton_row_maximum)),
-    "grad_patches_kernel": (triton_backward.grad_patches_kernel, (triton_backward,)),
-    "grad_prompts_kernel": (triton_backward.grad_prompts_kernel, (triton_backward,)),
-    "row_maximum_kernel": (triton_row_maximum.row_maximum_kernel, (triton_row_maximum, triton_forward)),
-    "statistics_kernel": (statistics.statistics_kernel, (statistics,)),
-    "statistics_grad_kernel": (statistics.statistics_grad_kernel, (statistics,)),
-    "sinkhorn_kernel": (sinkhorn.sinkhorn_kernel, (sinkhorn,)),
-}
-FEATURES = ("patches", "prompts", "result", "mine", "others")
+FEATURES = (
+    "patches", "prompts", "result", "mine", "others", "tokens", "queries", "grad", "of_tokens", "of_queries",
+)  # fmt: skip
 FLOATS = (
     "values", "level_grad", "partial", "maximum", "logsumexp", "entropy", "grads", "unit", "cost", "plan", "changes",
+    "of_prefix", "mean", "std",
 )  # fmt: skip
-INTEGERS = {"selected": "*i32", "largest": "*i32", "count": "*i32", "rank": "*i64", "labels": "*i64"}
-POINTERS = dict.fromkeys(FLOATS, "*fp32") | INTEGERS
+INT32S, INT64S = ("selected", "largest", "count"), ("rank", "labels", "sequence", "slots", "table")
+POINTERS = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(INT32S, "*i32") | dict.fromkeys(INT64S, "*i64")
 MULTIPLES_OF_16 = (
     "D", "stride_patches_b", "stride_patches_p", "stride_prompts_n", "stride_prompts_c", "stride_mine_outer",
     "stride_mine_inner", "stride_others_outer", "stride_others_inner",
 )  # fmt: skip
-
-
-def configurations(targets: Iterable[str] = TARGETS, dtypes: Iterable[torch.dtype] = DTYPES) -> Iterator[Configuration]:
-    """Every configuration of the launch tables; of topk_similarity with int64 offsets those of runs of 16."""
-    targets, dtypes = list(targets), list(dtypes)
-    for dtype in dtypes:
-        for target in targets:
-            yield from _statistics(target, dtype)
-            for usual in _similarity(target, dtype):
-                yield usual
-                if usual.kernel == "grad_prompts_kernel":
-                    blocks = tuple(launch.grad_prompts_blocks(dtype, tl.int64).items())
-                    yield replace(usual, blocks=(*blocks, ("INDEX", 64)))
-                elif usual.keep and usual.scales == 1 and usual.k in (0, 16):
-                    yield replace(usual, blocks=(*usual.blocks, ("INDEX", 64)))
-    yield from (one for target in targets for dtype in dtypes for one in _sinkhorn(target, dtype))
-
-
-def _statistics(target: str, dtype: torch.dtype) -> Iterator[Configuration]:
-    """Those of patch_statistics."""
-    for index in (tl.int32, tl.int64):
-        bits = () if index == tl.int32 else (("INDEX", 64),)
-        for keep, rank in product((False, True), (0, 1)):
-            blocks = (*statistics.forward_blocks(dtype, index).items(), ("RANK", rank), *bits)
-            yield Configuration("statistics_kernel", target, dtype, 0, 0, keep, 1, blocks)
-        for of_patches in (0, 1):
-            blocks = (*statistics.backward_blocks(target, dtype, index).items(), ("PATCHES", of_patches), *bits)
-            yield Configuration("statistics_grad_kernel", target, dtype, 0, 0, True, 1, blocks)
-
-
-def _sinkhorn(target: str, dtype: torch.dtype) -> Iterator[Configuration]:
-    """Those of sinkhorn: many patches or few, and the largest problem; costs are differences of cosines, in float32."""
-    problems = ((196, 4), (10, 4), (1024, 4)) if dtype == torch.float32 else ()
-    for (M, N), changes, index in product(problems, (0, 1), (32, 64)):
-        bits = () if index == 32 else (("INDEX", 64),)
-        blocks = (*sinkhorn.blocks(M, N).items(), ("CHANGES", changes), ("LOWEST", sinkhorn.LOWEST), *bits)
-        yield Configuration("sinkhorn_kernel", target, dtype, M, 0, False, 1, blocks)
-
-
-def _similarity(target: str, dtype: torch.dtype) -> Iterator[Configuration]:
-    """Those of topk_similarity."""
-    for patches, k in ((patches, k) for patches in (64, 256, 0) for k in (4, 8, 16, 32, 64)):
-        for keep, scales in ((False, 1), (True, 1), (True, 4)) if k == 16 else ((False, 1), (True, 1)):
-            blocks = tuple(launch.forward_blocks(target, dtype, patches or 1024, k, keep).items())
-            yield Configuration("forward_kernel", target, dtype, patches, k, keep, scales, blocks)
-    for patches in (64, 0):
-        blocks = tuple(launch.grad_patches_blocks(dtype, patches or 1024).items())
-        yield Configuration("grad_patches_kernel", target, dtype, patches, 0, True, 1, blocks)
-    blocks = tuple(launch.grad_prompts_blocks(dtype, tl.int32).items())
-    yield Configuration("grad_prompts_kernel", target, dtype, 0, 0, True, 1, blocks)
-
-
-def key(configuration: Configuration, version: str = triton.__version__) -> tuple:
-    """The key of the resources of a configuration: with the present source of its kernel, and a version of Triton."""
-    blocks = " ".join(f"{name}={int(value)}" for name, value in configuration.blocks)
-    values = {**asdict(configuration), "dtype": TYPES[configuration.dtype], "blocks": blocks}
-    return (*values.values(), source(configuration.kernel), version)
-
-
-@cache
-def source(kernel: str) -> str:
-    """A short hash of the code that a kernel is compiled from; comments and docstrings do not count."""
-    digest = hashlib.sha256()
-    for module in KERNELS[kernel][1]:
-        for node in ast.parse(inspect.getsource(module)).body:
-            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(one) for one in node.decorator_list):
-                if ast.get_docstring(node) is not None:
-                    node.body.pop(0)
-                digest.update(ast.unparse(node).encode())
-    return digest.hexdigest()[:12]
 
 
 def compiled(configuration: Configuration) -> triton.compiler.CompiledKernel:
@@ -207,6 +83,7 @@ def compiled(configuration: Configuration) -> triton.compiler.CompiledKernel:
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     constants.update({name: 1 for name in kernel.arg_names if name.startswith("stride") and name.endswith("s_d")})
     pointers = dict.fromkeys(FEATURES, "*" + TYPES[configuration.dtype]) | POINTERS
+    pointers["pixels"] = "*u8" if blocks.get("LEVELS") else "*fp32"
 
     def kind(name: str) -> str | tuple[str, ...]:
         if name in constants:
@@ -217,7 +94,7 @@ def compiled(configuration: Configuration) -> triton.compiler.CompiledKernel:
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)
-        if (name in pointers and name != "values") or name in MULTIPLES_OF_16
+        if (name in pointers and name not in ("values", "std")) or name in MULTIPLES_OF_16
     }
     signature = {name: kind(name) for name in kernel.arg_names}
     return triton.compile(

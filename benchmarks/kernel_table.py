@@ -6,7 +6,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks import results
-from benchmarks.kernel_resources import Resources, configurations, key, survey
+from benchmarks.kernel_configurations import configurations, key
+from benchmarks.kernel_resources import Resources, survey
 
 FILE = results.FOLDER / "kernel_resources.csv"
 

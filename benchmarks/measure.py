@@ -47,6 +47,9 @@ class Case:
         calls: calls that are timed together, for what takes microseconds.
         units: by name, how much one call computes (images, say) where implementations differ in that; 1 by default.
             Times are those of one unit, memory is that of a whole call.
+        shares: by name, n for an implementation that does the first n-th of the work only, because the whole would
+            take minutes: its time is multiplied by n, its memory is not. The truth is such a share, too, and results
+            are compared with it as far as it goes along the first axis.
     """
 
     implementations: Mapping[str, Implementation]
@@ -56,6 +59,7 @@ class Case:
     floors: Mapping[str, Callable[[], object]] = field(default_factory=dict)
     calls: int = 1
     units: Mapping[str, int] = field(default_factory=dict)
+    shares: Mapping[str, int] = field(default_factory=dict)
 
 
 Build = Callable[[Shape, torch.device], Case]
@@ -166,6 +170,8 @@ def check(case: Case) -> tuple[dict[str, float], dict[str, str]]:
         except UnavailableError as error:
             left_out[name] = str(error)
             continue
+        if case.shares:
+            results = tuple(got[: len(expected)] for got, expected in zip(results, truth, strict=True))
         _compare(name, results, truth, case.tolerance)  # this waits for the device
         first_calls[name] = time.perf_counter() - start
     return first_calls, left_out
@@ -195,7 +201,8 @@ def time_interleaved(case: Case, device: torch.device, seconds: float) -> dict[s
         if done >= MIN_ROUNDS and time.perf_counter() > end:
             break
         for name, run in all_of_them.items():
-            times[name].append(_milliseconds(run, device, case.calls) / case.units.get(name, 1))
+            scale = case.shares.get(name, 1) / case.units.get(name, 1)
+            times[name].append(scale * _milliseconds(run, device, case.calls))
     return times
 
 

@@ -197,6 +197,7 @@ def _recipes(action: ListRecipes | ShowRecipe | CopyRecipe) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("fastprompt.backbone.memory").setLevel(logging.INFO)  # what a training step will take
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         command: Any = tyro.cli(

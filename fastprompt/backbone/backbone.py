@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastprompt.backbone.class_tokens import ClassTokens, tokenize_class_names
 from fastprompt.backbone.features import ImageFeatures
 from fastprompt.backbone.image_towers import image_tower
+from fastprompt.backbone.memory import MemoryBudget
 from fastprompt.backbone.text import TextTower
 from fastprompt.backbone.tokenizer import Tokenizer
 from fastprompt.errors import InputError
@@ -34,6 +35,10 @@ class Backbone(nn.Module):
         text_width: width of token embeddings and contexts.
         context_length: tokens that the text tower reads.
         logit_scale: the frozen temperature: cosines are multiplied by it.
+        memory_budget: bytes that encoding prompts may take, forward and backward, beside the weights and the features
+            themselves; "auto" for half of the memory that is free when a number of contexts, their length and a list
+            of names are seen for the first time. What does not fit is encoded piece by piece, and for gradients each
+            piece a second time: a third more work.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class Backbone(nn.Module):
         pretrained: str | None,
         fingerprint: str,
         preprocessing: dict,
+        memory_budget: MemoryBudget = "auto",
     ) -> None:
         super().__init__()
         size = preprocessing["size"]
@@ -56,6 +62,9 @@ class Backbone(nn.Module):
         self.tokenizer = tokenizer
         self.name, self.pretrained, self.fingerprint = name, pretrained, fingerprint
         self.image_size = height
+        if memory_budget != "auto" and (not isinstance(memory_budget, int) or memory_budget < 1):
+            raise InputError(f'memory_budget: expected a positive number of bytes or "auto", got {memory_budget!r}')
+        self.memory_budget = memory_budget
         self.mean, self.std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
         self.interpolation = preprocessing["interpolation"]
         self.resize_mode = preprocessing["resize_mode"]
@@ -95,12 +104,26 @@ class Backbone(nn.Module):
         expected = (3, self.image_size, self.image_size)
         if images.shape[1:] != expected:
             raise InputError(f"images: expected shape (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
-        pooled, patches = self._images.encode(images.to(self.device, self.dtype))
-        return ImageFeatures(F.normalize(at_least_float32(pooled), dim=-1), patches)
+        with torch.inference_mode():
+            pooled, patches = self._images.encode(images.to(self.device, self.dtype))
+        # What is made outside can be saved for a backward pass: normalised, and copied.
+        return ImageFeatures(F.normalize(at_least_float32(pooled), dim=-1), patches.clone())
 
-    def project_patches(self, patches: Tensor) -> Tensor:
-        """Patch features (..., W) in the joint space (..., D), not normalised."""
-        return self._images.project(patches.to(self.device, self.dtype))
+    def project_patches(self, patches: Tensor, learned: Tensor | None = None) -> Tensor:
+        """Patch features (..., W) in the joint space (..., D), not normalised.
+
+        Args:
+            patches: (..., W).
+            learned: weight (W, W) of a linear layer before the projection. Where the projection is a matrix, the two
+                are multiplied first, in the higher of both precisions: the patches then take part in one product.
+        """
+        patches = patches.to(self.device, self.dtype)
+        if learned is None:
+            return self._images.project(patches)
+        composed = self._images.compose(learned.to(torch.promote_types(learned.dtype, self.dtype)))
+        if composed is None:
+            return self._images.project(F.linear(patches, learned.to(self.dtype)))
+        return patches @ composed.to(self.dtype)
 
     def tokenize(self, class_names: Sequence[str], suffix: str = "") -> ClassTokens:
         """Class names as packed tokens. CoOp's family appends ``suffix="."``; GalLoP appends nothing."""
@@ -128,7 +151,7 @@ class Backbone(nn.Module):
                 the middle or in front; it is encoded once a class.
 
         Raises:
-            InputError: wrong shape, or a class name that does not fit behind the context.
+            InputError: wrong shape, a class name that does not fit behind the context, or a budget too small for it.
         """
         self._check_context("context", context, class_tokens)
         if after is not None:
@@ -136,7 +159,9 @@ class Backbone(nn.Module):
             if after.shape[-2] and not class_tokens.name_lengths:
                 raise InputError("class_tokens: expected name_lengths, which say where the context goes, got none")
             after = after.to(self.device)
-        return F.normalize(at_least_float32(self._text.encode(context.to(self.device), class_tokens, after)), dim=-1)
+        with torch.autocast(self.device.type, enabled=False):  # the weights' precision is the tower's
+            features = self._text.encode(context.to(self.device), class_tokens, self.memory_budget, after)
+        return F.normalize(at_least_float32(features), dim=-1)
 
     def _check_context(self, name: str, context: Tensor, class_tokens: ClassTokens) -> None:
         shape = tuple(context.shape)

@@ -1,19 +1,168 @@
-"""The two halves of open_clip's transformer block that text and image tower share: before the attention, and after."""
+"""The two halves of open_clip's transformer block, before the attention and after it, with frozen weights.
+
+Frozen weights need no gradient, so a half keeps only what the gradient of its input needs: the input of each layer norm
+with its two statistics, and the input of the activation. Layer norm and activation are computed again in the backward
+pass, from these tensors in the precision of the weights.
+"""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock
-from torch import Tensor
+from typing import Any
+
+import torch
+from open_clip.transformer import LayerScale, QuickGELU, ResidualAttentionBlock
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from fastprompt.errors import InputError
+
+aten = torch.ops.aten
+
+# QuickGELU(x) = x * sigmoid(1.702 x) = silu(1.702 x) / 1.702: one pass over memory if the factors go into the products.
+QUICK = 1.702
+
+
+def check_block(block: nn.Module) -> None:
+    """Raise ``InputError`` if a block is not a plain ``ResidualAttentionBlock`` with an activation known here."""
+    if type(block) is not ResidualAttentionBlock:
+        raise InputError(f"expected open_clip's ResidualAttentionBlock, got {type(block).__name__}")
+    if not isinstance(block.mlp.gelu, QuickGELU | nn.GELU):
+        raise InputError(f"expected QuickGELU or GELU in a block, got {type(block.mlp.gelu).__name__}")
 
 
 def split_heads(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
-    """Queries, keys and values (..., L, 3, heads, d) of tokens (..., L, W)."""
-    qkv = F.linear(x, block.attn.in_proj_weight, block.attn.in_proj_bias)
-    return qkv.unflatten(-1, (3, block.attn.num_heads, -1))
+    """Queries, keys and values (..., L, 3, heads, d) of block inputs (..., L, W), which are normalised first.
+
+    Differentiable once, with respect to ``x`` only.
+    """
+    return project(block, x, "qkv").unflatten(-1, (3, block.attn.num_heads, -1))
+
+
+def project(block: ResidualAttentionBlock, x: Tensor, parts: str) -> Tensor:
+    """The adjacent ``parts`` of "qkv" (..., len(parts) * W) of block inputs (..., W), which are normalised first."""
+    width = x.shape[-1]
+    start = "qkv".index(parts) * width
+    rows = slice(start, start + len(parts) * width)
+    return _NormedProjection.apply(x, block.ln_1, block.attn.in_proj_weight[rows], block.attn.in_proj_bias[rows])
 
 
 def close_block(block: ResidualAttentionBlock, x: Tensor, attended: Tensor) -> Tensor:
-    """Output projection, MLP and both residual sums, (..., W), of block inputs and attention results (..., W)."""
-    x = x + block.ls_1(block.attn.out_proj(attended))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+    """Output projection, MLP and both residual sums, (..., W), of block inputs and attention results (..., W).
+
+    Differentiable once, with respect to ``x`` and ``attended`` only.
+    """
+    return _SecondHalf.apply(x, attended, block)
+
+
+class _NormedProjection(Function):
+    """``linear(layer_norm(x))``; keeps x and two statistics a token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> Tensor:
+        normed, mean, rstd = _normalise(norm, _flat(x))
+        ctx.save_for_backward(x, mean, rstd)
+        ctx.norm, ctx.weight = norm, weight
+        return torch.addmm(bias, normed, weight.t()).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd = ctx.saved_tensors
+        through = _flat(grad) @ ctx.weight
+        return _normalise_backward(ctx.norm, through, _flat(x), mean, rstd).view(x.shape), None, None, None
+
+
+class _SecondHalf(Function):
+    """Everything behind the attention; keeps the sum after it, two statistics a token, and the activation's input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, attended: Tensor, block: ResidualAttentionBlock) -> Tensor:
+        out_proj, down = block.attn.out_proj, block.mlp.c_proj
+        middle = torch.addmm(out_proj.bias, _flat(attended), out_proj.weight.t())
+        middle = _scale_(middle, block.ls_1).add_(_flat(x))
+        normed, mean, rstd = _normalise(block.ln_2, middle)
+        hidden = _up(block.mlp, normed)
+        del normed
+        keep = any(ctx.needs_input_grad)
+        if keep:
+            ctx.save_for_backward(middle, mean, rstd, hidden)
+            ctx.block = block
+        factor = 1 / QUICK if isinstance(block.mlp.gelu, QuickGELU) else 1
+        active = _activate(block.mlp.gelu, hidden, in_place=not keep)
+        out = torch.addmm(down.bias, active, down.weight.t(), alpha=factor)
+        return _scale_(out, block.ls_2).add_(middle).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        middle, mean, rstd, hidden = ctx.saved_tensors
+        block, flat = ctx.block, _flat(grad)
+        through = _scaled(flat, block.ls_2) @ block.mlp.c_proj.weight
+        _activate_backward_(block.mlp.gelu, through, hidden)
+        through = through @ block.mlp.c_fc.weight
+        of_middle = _normalise_backward(block.ln_2, through, middle, mean, rstd).add_(flat)
+        of_attended = _scaled(of_middle, block.ls_1) @ block.attn.out_proj.weight
+        return of_middle.view(grad.shape), of_attended.view(grad.shape), None
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(..., W) as (tokens, W)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+# ------------------------------------------------------------------------------------------ layer norm
+
+
+def _norm_parameters(norm: nn.LayerNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias; in float32 where a CPU would keep the statistics of a half-precision x in x's dtype.
+
+    Elsewhere in x's dtype: openai/CLIP keeps those of its half-precision model in float32.
+    """
+    dtype = torch.float32 if x.is_cpu and x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+    return norm.weight.to(dtype), norm.bias.to(dtype)
+
+
+def _normalise(norm: nn.LayerNorm, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised x, mean and reciprocal deviation of each token."""
+    return torch.native_layer_norm(x, norm.normalized_shape, *_norm_parameters(norm, x), norm.eps)
+
+
+def _normalise_backward(norm: nn.LayerNorm, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """Gradient of x, in memory of its own."""
+    parameters = _norm_parameters(norm, x)
+    only_x = [True, False, False]
+    return aten.native_layer_norm_backward(grad, x, norm.normalized_shape, mean, rstd, *parameters, only_x)[0]
+
+
+# ------------------------------------------------------------------------------------------ MLP
+
+
+def _up(mlp: nn.Sequential, normed: Tensor) -> Tensor:
+    """The activation's input: the first product of the MLP, times 1.702 where QuickGELU follows."""
+    factor = QUICK if isinstance(mlp.gelu, QuickGELU) else 1
+    return torch.addmm(mlp.c_fc.bias * factor, normed, mlp.c_fc.weight.t(), alpha=factor)
+
+
+def _activate(activation: nn.Module, hidden: Tensor, in_place: bool) -> Tensor:
+    out = hidden if in_place else torch.empty_like(hidden)
+    if isinstance(activation, QuickGELU):
+        return aten.silu.out(hidden, out=out)
+    return aten.gelu.out(hidden, approximate=activation.approximate, out=out)
+
+
+def _activate_backward_(activation: nn.Module, grad: Tensor, hidden: Tensor) -> None:
+    """Turn the gradient of the activation's output into that of its input; QuickGELU's two factors cancel."""
+    if isinstance(activation, QuickGELU):
+        aten.silu_backward.grad_input(grad, hidden, grad_input=grad)
+    else:
+        aten.gelu_backward.grad_input(grad, hidden, approximate=activation.approximate, grad_input=grad)
+
+
+def _scale_(x: Tensor, scale: nn.Module) -> Tensor:
+    """LayerScale in place, where there is one."""
+    return x.mul_(scale.gamma) if isinstance(scale, LayerScale) else x
+
+
+def _scaled(grad: Tensor, scale: nn.Module) -> Tensor:
+    return grad * scale.gamma if isinstance(scale, LayerScale) else grad

@@ -1,4 +1,4 @@
-"""Class names as tokens, and their packing into rows for the text tower."""
+"""Class names as tokens."""
 
 from __future__ import annotations
 
@@ -11,12 +11,8 @@ from torch import Tensor
 
 from fastprompt.errors import InputError
 
-# Attention runs inside rows of packed names, so its cost grows with the row; short rows leave more slots empty.
-# 128 tokens keep attention near 4 % of the arithmetic of a CLIP block and fill the tiles of a GPU.
-ROW_TOKENS = 128
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: caches are keyed by it
 class ClassTokens:
     """C class names as the real tokens that follow the context: name, suffix and end of text, without padding.
 
@@ -34,6 +30,17 @@ class ClassTokens:
 
     def __len__(self) -> int:
         return len(self.class_names)
+
+    def split(self, sizes: Sequence[int]) -> list[ClassTokens]:
+        """The same classes in several lists, ``sizes`` of them in each; the sizes sum to C."""
+        pieces, start = [], 0
+        ids = self.ids.split(self.lengths)
+        for size in sizes:
+            part = slice(start, start + size)
+            lists = (self.class_names[part], torch.cat(ids[part]), self.lengths[part], self.name_lengths[part])
+            pieces.append(ClassTokens(*lists))
+            start += size
+        return pieces
 
     def check_fits(self, tokens_before: int, context_length: int) -> None:
         """Raise ``InputError`` that names the longest class if it does not fit behind that many tokens."""
@@ -73,68 +80,8 @@ def tokenize_class_names(
     return ClassTokens(tuple(class_names), flat, tuple(len(name) for name in tokens), tuple(name_lengths))
 
 
-@dataclass(frozen=True)
-class Packing:
-    """Where the tokens of C sequences stand in ``rows`` rows of ``width`` slots.
-
-    Attributes:
-        rows: number of rows.
-        width: slots of a row.
-        token: (rows * width,) index of the token in the concatenated sequences; 0 in an empty slot.
-        position: (rows * width,) position of the token in its sequence; 0 in an empty slot.
-        last: (C,) slot of the last token of each sequence.
-        visible: (rows, width, width) bool; a token sees itself and the earlier tokens of its own sequence.
-    """
-
-    rows: int
-    width: int
-    token: Tensor
-    position: Tensor
-    last: Tensor
-    visible: Tensor
-
-
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # what is kept may serve a training later
-def pack(lengths: tuple[int, ...], device: torch.device) -> Packing:
-    """Pack sequences into rows by first fit, longest first; the narrowest row of about ``ROW_TOKENS`` slots wins."""
-    rows = -(-sum(lengths) // ROW_TOKENS)
-    width = max(max(lengths), -(-sum(lengths) // rows))
-    while (places := _first_fit(lengths, rows, width)) is None:
-        width += 1
-    token = torch.zeros(rows * width, dtype=torch.long)
-    position = torch.zeros(rows * width, dtype=torch.long)
-    sequence = torch.arange(-rows * width, 0)  # an empty slot belongs to nobody else, and sees itself only
-    last = torch.empty(len(lengths), dtype=torch.long)
-    first_token = 0
-    for index, (start, length) in enumerate(zip(places, lengths, strict=True)):
-        slots = slice(start, start + length)
-        token[slots] = torch.arange(first_token, first_token + length)
-        position[slots] = torch.arange(length)
-        sequence[slots] = index
-        last[index] = start + length - 1
-        first_token += length
-    sequence = sequence.view(rows, width)
-    same = sequence[:, :, None] == sequence[:, None, :]
-    visible = same & torch.ones(width, width, dtype=torch.bool).tril()
-    return Packing(rows, width, token.to(device), position.to(device), last.to(device), visible.to(device))
-
-
-def _first_fit(lengths: tuple[int, ...], rows: int, width: int) -> list[int] | None:
-    """First slot of every sequence, or None if they do not fit."""
-    used = [0] * rows
-    places = [0] * len(lengths)
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((r for r in range(rows) if used[r] + lengths[index] <= width), None)
-        if row is None:
-            return None
-        places[index] = row * width + used[row]
-        used[row] += lengths[index]
-    return places
-
-
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)
 def token_order(
     lengths: tuple[int, ...], name_lengths: tuple[int, ...], before: int, behind: int, device: torch.device
 ) -> Tensor:

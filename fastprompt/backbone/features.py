@@ -27,5 +27,17 @@ class ImageFeatures:
         return ImageFeatures(self.pooled[index], self.patches[index])
 
     def to(self, device: torch.device | str) -> ImageFeatures:
-        """The same features on another device."""
-        return ImageFeatures(self.pooled.to(device), self.patches.to(device))
+        """The same features on another device; see ``queue_copy``."""
+        return ImageFeatures(queue_copy(self.pooled, device), queue_copy(self.patches, device))
+
+
+def queue_copy(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on another device. A copy from the host's memory is queued: nobody waits for what is queued before.
+
+    Memory must be page-locked for that; torch keeps it until the copy is done. A copy to the host does wait, or it
+    could be read too early.
+    """
+    device = torch.device(device)
+    if tensor.device.type != "cpu":
+        return tensor.to(device)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -11,7 +11,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
-from fastprompt.backbone.blocks import close_block, split_heads
+from fastprompt.backbone.blocks import close_block, project
 from fastprompt.errors import InputError
 
 
@@ -34,6 +34,10 @@ class ImageTower(ABC):
     def project(self, patches: Tensor) -> Tensor:
         """Patch features (..., W) in the joint space (..., D), not normalised."""
 
+    @abstractmethod
+    def compose(self, learned: Tensor) -> Tensor | None:
+        """The matrix (W, D) that applies a linear layer's weight (W, W) and then ``project``; None where none does."""
+
 
 def image_tower(visual: nn.Module, image_size: int) -> ImageTower:
     """The reader that fits an open_clip image tower; ``InputError`` for a tower that we cannot read."""
@@ -52,7 +56,7 @@ class VisionTransformerTower(ImageTower):
     """A ViT with a class token. Patch features follow the value path of the last block, as in GalLoP.
 
     In the last block only the class token attends; a patch takes its own value instead of a mixture of values. Both
-    go through the same output projection and MLP, so the block costs no more than an ordinary one.
+    go through the same output projection and MLP, so the block costs less than an ordinary one.
     """
 
     def __init__(self, visual: VisionTransformer) -> None:
@@ -68,22 +72,39 @@ class VisionTransformerTower(ImageTower):
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """See ``ImageTower``."""
         visual = self.visual
-        x = visual._embeds(images)  # (B, 1 + P, W)
+        x = self._embed(images)
         for block in visual.transformer.resblocks[:-1]:
             x = block(x)
         x = visual.ln_post(_value_path_block(visual.transformer.resblocks[-1], x))
         return x[:, 0] @ visual.proj, x[:, 1:]
 
+    def _embed(self, images: Tensor) -> Tensor:
+        """Tokens (B, 1 + P, W). The patches do not overlap, so their convolution is one matrix product."""
+        visual, (rows, columns) = self.visual, self.patch_grid
+        weight = visual.conv1.weight  # (W, 3, height, width) of a patch
+        height, width = weight.shape[2:]
+        images = images[..., : rows * height, : columns * width]  # a convolution leaves a remainder out, too
+        cut = images.unflatten(3, (columns, width)).unflatten(2, (rows, height))
+        pixels = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, P, 3 * height * width)
+        patches = F.linear(pixels, weight.flatten(1))
+        x = torch.cat([visual.class_embedding.expand(len(images), 1, -1), patches], dim=1)
+        return visual.ln_pre(x + visual.positional_embedding)
+
     def project(self, patches: Tensor) -> Tensor:
         """See ``ImageTower``."""
         return patches @ self.visual.proj
 
+    def compose(self, learned: Tensor) -> Tensor | None:
+        """See ``ImageTower``."""
+        return learned.T @ self.visual.proj.to(learned.dtype)
+
 
 def _value_path_block(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
     """One block in which token 0 attends to all tokens and every other token keeps its own value."""
-    qkv = split_heads(block, block.ln_1(x))  # (B, 1 + P, 3, heads, d)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, 1 + P, d)
-    attended = F.scaled_dot_product_attention(q[:, :, :1], k, v)
+    heads = (block.attn.num_heads, -1)
+    q = project(block, x[:, :1], "q").unflatten(-1, heads).transpose(1, 2)  # (B, heads, 1, d)
+    k, v = project(block, x, "kv").unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)  # each (B, heads, 1 + P, d)
+    attended = F.scaled_dot_product_attention(q, k, v)
     mixed = torch.cat([attended, v[:, :, 1:]], dim=2).transpose(1, 2).flatten(2)
     return close_block(block, x, mixed)
 
@@ -92,7 +113,8 @@ class ResNetTower(ImageTower):
     """CLIP's ModifiedResNet. A patch feature is the value projection of its cell, already in the joint space."""
 
     def __init__(self, visual: ModifiedResNet, image_size: int) -> None:
-        self.visual = visual
+        # Measured on a CPU with AMX: 1.3 times faster in float32, and 3.0 times in bfloat16.
+        self.visual = visual.to(memory_format=torch.channels_last)
         self.patch_grid = (image_size // 32, image_size // 32)
         self.patch_width = visual.output_dim
 
@@ -101,18 +123,25 @@ class ResNetTower(ImageTower):
         visual, pool = self.visual, self.visual.attnpool
         x = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(images)))))
         cells = x.flatten(2).transpose(1, 2)  # (B, P, W)
-        tokens = torch.cat([cells.mean(dim=1, keepdim=True), cells], dim=1) + pool.positional_embedding.to(x.dtype)
+        position = pool.positional_embedding.to(x.dtype)
+        tokens = torch.cat([cells.mean(dim=1, keepdim=True), cells], dim=1) + position
+        values = pool.v_proj(cells)  # without position; that of the pooled token and of the positions is added
+        v = torch.cat([values.mean(dim=1, keepdim=True), values], dim=1) + F.linear(position, pool.v_proj.weight)
 
         def heads(tokens: Tensor) -> Tensor:
             return tokens.unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)
 
-        q, k, v = heads(pool.q_proj(tokens[:, :1])), heads(pool.k_proj(tokens)), heads(pool.v_proj(tokens))
-        pooled = pool.c_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1))
-        return pooled, pool.c_proj(pool.v_proj(cells))
+        q, k = heads(pool.q_proj(tokens[:, :1])), heads(pool.k_proj(tokens))
+        pooled = pool.c_proj(F.scaled_dot_product_attention(q, k, heads(v)).transpose(1, 2).flatten(1))
+        return pooled, pool.c_proj(values)
 
     def project(self, patches: Tensor) -> Tensor:
         """See ``ImageTower``."""
         return patches
+
+    def compose(self, learned: Tensor) -> Tensor | None:
+        """See ``ImageTower``."""
+        return learned.T
 
 
 class TimmTower(ImageTower):
@@ -162,3 +191,7 @@ class TimmTower(ImageTower):
         if self.is_map:
             alone = alone[:, None] if self.channels_last else alone.transpose(1, 2)[..., None]
         return self.visual.head(self.visual.trunk.forward_head(alone)).unflatten(0, patches.shape[:-1])
+
+    def compose(self, learned: Tensor) -> Tensor | None:
+        """See ``ImageTower``: a norm stands before the head of most trunks."""
+        return None

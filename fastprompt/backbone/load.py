@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from fastprompt.backbone.backbone import Backbone
+from fastprompt.backbone.memory import MemoryBudget
 from fastprompt.backbone.tokenizer import load_tokenizer, read_tokenizer
 from fastprompt.errors import InputError
 
@@ -30,6 +31,7 @@ def load_backbone(
     device: str | torch.device | None = None,
     precision: str | None = None,
     cache_dir: str | Path | None = None,
+    memory_budget: MemoryBudget = "auto",
 ) -> Backbone:
     """Load a frozen CLIP model.
 
@@ -42,6 +44,7 @@ def load_backbone(
         precision: "fp64", "fp32", "bf16" or "fp16" for the frozen weights; fp32 by default. Learned tensors are
             float32 whatever this is.
         cache_dir: where downloaded weights are kept; open_clip's own default otherwise.
+        memory_budget: bytes that encoding prompts may take, or "auto"; see ``Backbone``.
 
     Raises:
         InputError: unknown name, tag, device or precision; an activation that does not fit the weights; a tower that
@@ -66,6 +69,7 @@ def load_backbone(
         pretrained=pretrained,
         fingerprint=fingerprint,
         preprocessing=open_clip.get_model_preprocess_cfg(model),
+        memory_budget=memory_budget,
     )
 
 

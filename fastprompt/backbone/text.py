@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from fastprompt.backbone.blocks import close_block, split_heads
-from fastprompt.backbone.class_tokens import ClassTokens, Packing, pack, token_order
+from fastprompt.backbone.blocks import check_block, close_block, split_heads
+from fastprompt.backbone.class_tokens import ClassTokens, token_order
+from fastprompt.backbone.features import queue_copy
+from fastprompt.backbone.memory import EncodingPlan, MemoryBudget, TowerSize, plan_encoding
+from fastprompt.backbone.shared_prefix import ConstantCache, encode_shared_prefix
 from fastprompt.errors import InputError
 
 
@@ -37,13 +40,16 @@ class TextTower:
         self.start_of_text = start_of_text
         self.padding = padding
         self.attn_mask = tower.attn_mask
+        self.constants = ConstantCache()
         self.shares_prefix = self.attn_mask is not None and self.pool_type in ("argmax", "eos")
 
     @staticmethod
     def _check(tower: nn.Module) -> None:
         blocks = getattr(getattr(tower, "transformer", None), "resblocks", None)
-        if blocks is None or any(type(block) is not ResidualAttentionBlock for block in blocks):
-            raise InputError(f"text tower {type(tower).__name__} is not an open_clip text transformer of plain blocks")
+        if blocks is None:
+            raise InputError(f"text tower {type(tower).__name__} is not an open_clip text transformer")
+        for block in blocks:
+            check_block(block)
         if getattr(tower, "cls_emb", None) is not None:
             raise InputError("text towers with an appended class embedding (CoCa) are not supported")
         if getattr(tower, "use_pad_mask", False):
@@ -51,20 +57,60 @@ class TextTower:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings (..., W) of token ids, in the precision of the tower."""
-        return F.embedding(ids.to(self.token_embedding.weight.device), self.token_embedding.weight)
+        return F.embedding(queue_copy(ids, self.token_embedding.weight.device), self.token_embedding.weight)
 
     def check_fits(self, context_tokens: int, class_tokens: ClassTokens) -> None:
         """Raise ``InputError`` if a class name does not fit behind the start of text and that many context tokens."""
         class_tokens.check_fits((self.start_of_text is not None) + context_tokens, self.context_length)
 
-    def encode(self, context: Tensor, class_tokens: ClassTokens, after: Tensor | None = None) -> Tensor:
+    def size(self) -> TowerSize:
+        """What decides how much memory a token takes."""
+        hidden, element_size = self.blocks[0].mlp.c_fc.out_features, self.token_embedding.weight.element_size()
+        return TowerSize(self.width, hidden, len(self.blocks), element_size)
+
+    def plan(self, groups: int, own: int, shared: int, class_tokens: ClassTokens, budget: MemoryBudget) -> EncodingPlan:
+        """How so many contexts of all classes are cut to fit a budget.
+
+        Args:
+            groups: G.
+            own: context tokens that every class brings beside its name.
+            shared: context tokens that all classes share.
+            class_tokens: the names.
+            budget: see ``Backbone``.
+        """
+        device, with_gradient = self.token_embedding.weight.device, torch.is_grad_enabled()
+        if self.shares_prefix:
+            shared, lengths = 1 + shared, tuple(own + length for length in class_tokens.lengths)
+        else:
+            shared, lengths = 0, (self.context_length,) * len(class_tokens)
+        return plan_encoding(self.size(), groups, shared, lengths, budget, device, with_gradient)
+
+    def encode(
+        self, context: Tensor, class_tokens: ClassTokens, budget: MemoryBudget, after: Tensor | None = None
+    ) -> Tensor:
         """Text features (G, C, D), not normalised, of contexts (G, M, W) or (G, C, M, W); ``after`` is behind names."""
         after = context[..., :0, :] if after is None else after
         context, after = (tokens.to(self.token_embedding.weight.dtype) for tokens in (context, after))
         self.check_fits(context.shape[-2] + after.shape[-2], class_tokens)
-        if not self.shares_prefix:
-            return self._project(self._encode_full_length(context, class_tokens, after))
-        return self._project(self._encode_shared_prefix(context, class_tokens, after))
+        own, shared = (context.shape[-2], 0) if context.dim() == 4 else (0, context.shape[-2])
+        plan = self.plan(len(context), own + after.shape[-2], shared, class_tokens, budget)
+        if plan.whole:
+            return self._encode(context, after, class_tokens)
+        names = _split(class_tokens, plan.classes)
+        rows = []
+        for part in zip(context.split(plan.groups), after.split(plan.groups), strict=True):
+            learned = [x.split(plan.classes, dim=1) if x.dim() == 4 else [x] * len(names) for x in part]
+            pieces = [
+                checkpoint(self._encode, *piece, use_reentrant=False, preserve_rng_state=False)
+                for piece in zip(*learned, names, strict=True)
+            ]
+            rows.append(torch.cat(pieces, dim=1))
+        return torch.cat(rows)
+
+    def _encode(self, context: Tensor, after: Tensor, class_tokens: ClassTokens) -> Tensor:
+        if self.shares_prefix:
+            return self._project(encode_shared_prefix(self, context, class_tokens, after))
+        return self._project(self._encode_full_length(context, class_tokens, after))
 
     def _project(self, x: Tensor) -> Tensor:
         x = self.final_norm(x)
@@ -72,28 +118,7 @@ class TextTower:
             return x
         return self.projection(x) if isinstance(self.projection, nn.Linear) else x @ self.projection
 
-    # ------------------------------------------------------------------ causal towers
-
-    def _encode_shared_prefix(self, context: Tensor, class_tokens: ClassTokens, after: Tensor) -> Tensor:
-        """End-of-text states (G, C, W)."""
-        prefix, names, packing = self._layout(context, class_tokens, after)
-        return end_of_text_states(self.blocks, prefix, names, packing)
-
-    def _layout(self, context: Tensor, class_tokens: ClassTokens, after: Tensor) -> tuple[Tensor, Tensor, Packing]:
-        """The shared prefix (G, S, W), what follows it in packed slots (G, rows * width, W), and the packing."""
-        groups, device = context.shape[0], context.device
-        own = context if context.dim() == 4 else context[:, :0]
-        learned = own.shape[-2] + after.shape[-2]  # tokens that each class brings beside its name
-        start = self.embed(torch.tensor([self.start_of_text])).expand(groups, 1, self.width)
-        prefix = start if own is context else torch.cat([start, context], dim=1)
-        prefix = prefix + self.positional_embedding[: prefix.shape[1]].to(context.dtype)
-
-        packing = pack(tuple(learned + length for length in class_tokens.lengths), device)
-        tokens, order = self._bring(own, class_tokens, after)
-        positions = self.positional_embedding[prefix.shape[1] + packing.position].to(context.dtype)
-        return prefix, tokens.index_select(1, order[packing.token]) + positions, packing
-
-    def _bring(self, own: Tensor, class_tokens: ClassTokens, after: Tensor) -> tuple[Tensor, Tensor]:
+    def bring(self, own: Tensor, class_tokens: ClassTokens, after: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens behind the shared prefix (G, N, W), and the order in which the classes bring them.
 
         Args:
@@ -110,8 +135,6 @@ class TextTower:
         each = [x if x.dim() == 4 else x[:, None].expand(-1, classes, -1, -1) for x in (own, after)]
         return torch.cat([names, *(x.flatten(1, 2) for x in each)], dim=1), order
 
-    # ------------------------------------------------------------------ other towers
-
     def _encode_full_length(self, context: Tensor, class_tokens: ClassTokens, after: Tensor) -> Tensor:
         """Pooled states (G, C, W) of G * C padded sequences."""
         groups, classes = context.shape[0], len(class_tokens)
@@ -120,14 +143,14 @@ class TextTower:
         padding = self.embed(torch.tensor([self.padding])).expand(groups, self.context_length, -1)
         context = context if context.dim() == 4 else context[:, None].expand(-1, classes, -1, -1)
         learned = context.shape[-2] + after.shape[-2]
-        tokens, order = self._bring(context, class_tokens, after)
+        tokens, order = self.bring(context, class_tokens, after)
         names = tokens.index_select(1, order).split([learned + length for length in class_tokens.lengths], dim=1)
         rows = [torch.cat([start, name, padding], dim=1)[:, : self.context_length] for name in names]
         x = torch.stack(rows, dim=1).flatten(0, 1)
         x = x + self.positional_embedding.to(x.dtype)
         mask = None if self.attn_mask is None else self.attn_mask.to(x.dtype)
         for block in self.blocks:
-            q, k, v = split_heads(block, block.ln_1(x)).permute(2, 0, 3, 1, 4)  # each (G * C, heads, L, d)
+            q, k, v = split_heads(block, x).permute(2, 0, 3, 1, 4)  # each (G * C, heads, L, d)
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             x = close_block(block, x, attended.transpose(1, 2).flatten(2))
         x = x.unflatten(0, (groups, classes))
@@ -137,56 +160,6 @@ class TextTower:
         return x[:, :, 0 if self.pool_type == "first" else -1]
 
 
-def end_of_text_states(
-    blocks: Sequence[ResidualAttentionBlock], prefix: Tensor, names: Tensor, packing: Packing
-) -> Tensor:
-    """End-of-text states (G, C, W), before the final norm, of packed names behind a prefix that they share.
-
-    Args:
-        blocks: of a causal text tower.
-        prefix: (G, S, W), positions added.
-        names: (G, rows * width, W), in the slots of the packing, positions added.
-        packing: of the C names.
-    """
-    shared = prefix.shape[1]
-    x = torch.cat([prefix, names], dim=1)  # (G, S + rows * width, W)
-    open_prefix = packing.visible.new_ones(packing.rows, packing.width, shared)
-    visible = torch.cat([open_prefix, packing.visible], dim=2)[:, None]  # (rows, 1, width, S + width)
-    *blocks, last = blocks
-    for block in blocks:
-        x = close_block(block, x, _prefix_attention(block, block.ln_1(x), shared, packing, visible))
-    # Of the last block only the end-of-text tokens are read, so only they go through its projection and MLP.
-    ends = shared + packing.last
-    attended = _prefix_attention(last, last.ln_1(x), shared, packing, visible)
-    return close_block(last, x.index_select(1, ends), attended.index_select(1, ends))
-
-
-def _prefix_attention(
-    block: ResidualAttentionBlock, x: Tensor, shared: int, packing: Packing, visible: Tensor
-) -> Tensor:
-    """Causal attention in which each packed name sees its context and itself; without the output projection.
-
-    Args:
-        block: gives the projections.
-        x: (G, S + rows * width, W) normalised tokens, the shared prefix first.
-        shared: S.
-        packing: the rows.
-        visible: (rows, 1, width, S + width) bool.
-
-    Returns:
-        (G, S + rows * width, W).
-    """
-    # Split, not sliced: the backward pass of a slice fills and adds a zero tensor of the full size.
-    prefix, names = split_heads(block, x).split([shared, x.shape[1] - shared], dim=1)
-    q, k, v = prefix.permute(2, 0, 3, 1, 4)  # each (G, heads, S, d)
-    of_prefix = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-    # Groups stand beside heads, so that one mask serves all of them.
-    by_row = names.unflatten(1, (packing.rows, packing.width))  # (G, rows, width, 3, heads, d)
-    row_q, row_k, row_v = by_row.permute(3, 1, 0, 4, 2, 5).flatten(2, 3)  # each (rows, G * heads, width, d)
-    row_k = torch.cat([k.flatten(0, 1).expand(packing.rows, -1, -1, -1), row_k], dim=2)
-    row_v = torch.cat([v.flatten(0, 1).expand(packing.rows, -1, -1, -1), row_v], dim=2)
-    of_names = F.scaled_dot_product_attention(row_q, row_k, row_v, attn_mask=visible)
-
-    of_names = of_names.unflatten(1, k.shape[:2]).permute(1, 0, 3, 2, 4).flatten(1, 2)  # (G, slots, heads, d)
-    return torch.cat([of_prefix.transpose(1, 2), of_names], dim=1).flatten(2)
+@lru_cache(maxsize=16)  # constants of the pieces are found again by their identity
+def _split(class_tokens: ClassTokens, sizes: tuple[int, ...]) -> list[ClassTokens]:
+    return class_tokens.split(sizes)

@@ -3,24 +3,32 @@
 This room knows nothing of backbones or learners: whoever turns images into features hands in a function.
 """
 
+from fastprompt.data.decoded import DecodedImages, decode_images, decoded_bytes
 from fastprompt.data.feature_cache import CachedFeatures, FeatureCache, default_cache_dir
 from fastprompt.data.few_shot import few_shot, select_classes
 from fastprompt.data.images import Dataset, LabelledImages
 from fastprompt.data.load import load_dataset
+from fastprompt.data.random_crops import RandomCrops, draw_crops, seeded_crops
 from fastprompt.data.reading import find_images, load_image, read_batch
 from fastprompt.data.transforms import ImageTransform
 
 __all__ = [
     "CachedFeatures",
     "Dataset",
+    "DecodedImages",
     "FeatureCache",
     "ImageTransform",
     "LabelledImages",
+    "RandomCrops",
+    "decode_images",
+    "decoded_bytes",
     "default_cache_dir",
+    "draw_crops",
     "few_shot",
     "find_images",
     "load_dataset",
     "load_image",
     "read_batch",
+    "seeded_crops",
     "select_classes",
 ]

@@ -4,10 +4,11 @@ import hashlib
 import logging
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,8 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from fastprompt.data.reading import default_workers, read_batch
-from fastprompt.data.transforms import ImageTransform
+from fastprompt.data.reading import default_workers
 from fastprompt.errors import InputError
 
 SHARD_ROWS = 256
@@ -25,8 +25,14 @@ SHARD_ROWS = 256
 _ROWS = "sha256 of rows"  # metadata entry of a shard: hex digests of the image files, separated by spaces
 _log = logging.getLogger(__name__)
 
-Encode = Callable[[Tensor], dict[str, Tensor]]
-"""(B, 3, S, S) images to named features with B rows each."""
+Images = TypeVar("Images", bound=Sized)
+"""A batch of images in whatever form the encoder takes, such as a (B, 3, S, S) tensor."""
+
+Read = Callable[[Sequence[Path]], Images]
+"""Files to a batch of as many images; the same file must always give the same image."""
+
+Encode = Callable[[Images], dict[str, Tensor]]
+"""A batch of B images to named features with B rows each."""
 
 
 def default_cache_dir() -> Path:
@@ -83,8 +89,8 @@ class FeatureCache:
 
     Args:
         folder: Parent folder of all caches, for example ``default_cache_dir()``.
-        key: Everything else that the features depend on: fingerprint of the backbone, description of the transform,
-            precision. Another key is another cache.
+        key: Everything else that the features depend on: fingerprint of the backbone, description of what is done to
+            an image before, precision. Another key is another cache.
     """
 
     def __init__(self, folder: str | Path, key: str) -> None:
@@ -97,7 +103,7 @@ class FeatureCache:
         self,
         paths: Sequence[Path],
         encode: Encode,
-        transform: ImageTransform,
+        read: Read,
         *,
         batch_size: int = 32,
         workers: int | None = None,
@@ -110,16 +116,14 @@ class FeatureCache:
         Args:
             paths: n image files.
             encode: Turns a batch of at most ``batch_size`` images into features; may return them on any device.
-            transform: A deterministic transform.
+            read: Reads files for ``encode``; called from another thread, while ``encode`` works on the batch before.
             batch_size: Images a call of ``encode``.
-            workers: Threads that read and decode files; None for one a core, at most 8.
+            workers: Threads that hash files; None for one a core, at most 8.
             progress: Whether to show bars.
 
         Raises:
-            InputError: If the transform is random, an image cannot be read, or a shard is damaged.
+            InputError: If an image cannot be read, or a shard is damaged.
         """
-        if not transform.deterministic:
-            raise InputError("feature cache: the transform is random, so its features cannot be cached")
         if batch_size < 1:
             raise InputError(f"image batch: expected at least 1 image, got {batch_size}")
         if not paths:
@@ -129,12 +133,12 @@ class FeatureCache:
         missing = {digest: path for digest, path in zip(digests, paths, strict=True) if digest not in self._places}
         _log.info("%s: %d images, %d of them to encode", self.folder, len(set(digests)), len(missing))
         if missing:
-            self._encode(missing, _batches(list(missing.values()), transform, batch_size, workers), encode, progress)
+            self._encode(missing, _batches(list(missing.values()), read, batch_size), encode, progress)
             self._read_new_shards()
         places = torch.tensor([self._places[digest] for digest in digests])  # (n, 2)
         return CachedFeatures(tuple(self._shards), *places.unbind(1))
 
-    def _encode(self, missing: dict[str, Path], batches: Iterator[Tensor], encode: Encode, progress: bool) -> None:
+    def _encode(self, missing: dict[str, Path], batches: Iterator[Images], encode: Encode, progress: bool) -> None:
         shard = _ShardWriter(self.folder)
         digests = list(missing)
         done = 0
@@ -224,15 +228,13 @@ def _hash_file(path: Path) -> str:
         raise InputError(f"image {path}: cannot be read ({error.strerror})") from error
 
 
-def _batches(
-    paths: Sequence[Path], transform: ImageTransform, batch_size: int, workers: int | None
-) -> Iterator[Tensor]:
-    """Yield (<= batch_size, 3, S, S) batches; the next one is read while the caller works on this one."""
+def _batches(paths: Sequence[Path], read: Read, batch_size: int) -> Iterator[Images]:
+    """Yield batches of at most batch_size images; the next one is read while the caller works on this one."""
     chunks = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     with ThreadPoolExecutor(1) as ahead:
-        upcoming = ahead.submit(read_batch, chunks[0], transform, workers=workers)
+        upcoming = ahead.submit(read, chunks[0])
         for following in chunks[1:]:
             images = upcoming.result()
-            upcoming = ahead.submit(read_batch, following, transform, workers=workers)
+            upcoming = ahead.submit(read, following)
             yield images
         yield upcoming.result()

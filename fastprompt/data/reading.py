@@ -1,8 +1,9 @@
 """From image files to a batch of tensors."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -51,44 +52,35 @@ def load_image(path: str | Path) -> Image.Image:
     Raises:
         InputError: If the file is absent or cannot be decoded; the sentence names it.
     """
+    with opened(path) as image:
+        return image.convert("RGB")
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """An image file whose header is read; what Pillow raises here or in the block becomes one sentence."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            yield image
     except FileNotFoundError as error:
         raise InputError(f"image {path}: no such file") from error
     except _DECODE_ERRORS as error:
         raise InputError(f"image {path}: cannot be read as an image ({error})") from error
 
 
-def read_batch(
-    paths: Sequence[Path],
-    transform: ImageTransform,
-    *,
-    generator: torch.Generator | None = None,
-    workers: int | None = None,
-) -> Tensor:
+def read_batch(paths: Sequence[Path], transform: ImageTransform, *, workers: int | None = None) -> Tensor:
     """Read, transform and stack images, on several threads (Pillow releases the interpreter while it decodes).
 
     Args:
         paths: B image files.
         transform: How a picture becomes a tensor.
-        generator: For an augmenting transform: one seed an image is drawn from it before anything is read, so that
-            the result depends on the generator alone and not on the number of threads.
         workers: Number of threads; None for one a core, at most 8.
 
     Returns:
         A (B, 3, S, S) float32 tensor, rows in the order of ``paths``.
 
     Raises:
-        InputError: If an image cannot be read, or an augmenting transform gets no generator.
+        InputError: If an image cannot be read.
     """
-
-    def read(path: Path, seed: int | None) -> Tensor:
-        own = None if seed is None else torch.Generator().manual_seed(seed)
-        return transform(load_image(path), own)
-
-    seeds: list[int | None] = [None] * len(paths)
-    if generator is not None:
-        seeds = torch.randint(2**62, (len(paths),), generator=generator, device=generator.device).tolist()
     with ThreadPoolExecutor(workers or default_workers()) as pool:
-        return torch.stack(list(pool.map(read, paths, seeds)))
+        return torch.stack(list(pool.map(lambda path: transform(load_image(path)), paths)))

@@ -31,6 +31,8 @@ class BackboneConfig:
     """Precision of the frozen weights; learned tensors are always float32."""
     weights_dir: Path | None = None
     """Where downloaded weights are kept. Default: open_clip's own folder."""
+    memory_budget: int | Literal["auto"] = "auto"
+    """Bytes that the text encoder may take; what does not fit is encoded in pieces. auto: half of the free memory."""
 
     def backbone_and_weights(self) -> tuple[str, str | None]:
         """Name and weights of the backbone, with absolute paths: a run is used from other folders, too."""
@@ -102,7 +104,8 @@ class ExperimentConfig(DataConfig, BackboneConfig, FeatureConfig):
 
     def resolved(self) -> dict[str, Any]:
         """What decides the result: everything but where it runs, how images are read, and where files go."""
-        elsewhere = {*(field.name for field in fields(FeatureConfig)), "device", "weights_dir", "out"}
+        elsewhere = {field.name for field in fields(FeatureConfig)}
+        elsewhere |= {"device", "weights_dir", "memory_budget", "out", "image_memory"}
         chosen = {name: value for name, value in asdict(self).items() if name not in elsewhere}
         chosen |= {name: path.expanduser().resolve() for name, path in chosen.items() if isinstance(path, Path)}
         chosen["backbone"], chosen["pretrained"] = self.backbone_and_weights()
@@ -124,6 +127,11 @@ class TrainConfig(ExperimentConfig):
     """Which images are drawn, in which order they come, and all other random choices."""
     augment: bool = False
     """Random crops and flips, as published; every image is then encoded anew in every epoch, without the cache."""
+    views: int = 0
+    """With --augment: so many random views of every image are encoded once and cached, and every epoch takes one of
+    them at random. 0: every epoch has crops of its own."""
+    image_memory: float = 4.0
+    """With --augment: GB that decoded training images may take. If they do not fit, every epoch decodes them anew."""
     epochs: int | None = None
     """Passes over the training images. Default: as in the recipe, for the number of shots."""
     batch_size: int | None = None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor, no_grad
+import torch
+from torch import Tensor
 
 from fastprompt.backbone import Backbone
 from fastprompt.data import (
@@ -19,18 +21,38 @@ from fastprompt.data import (
 from fastprompt.errors import InputError
 from fastprompt.experiment.config import FeatureConfig
 from fastprompt.training import CachedSource, FeatureSource, ImageSource
+from fastprompt.training.sources import ReadImages
 
 
-def image_transform(backbone: Backbone, *, augment: bool = False) -> ImageTransform:
-    """The transform that the backbone was trained with, or its randomly cropping and flipping variant."""
+def image_transform(backbone: Backbone) -> ImageTransform:
+    """The transform that the backbone was trained with."""
     return ImageTransform(
         backbone.image_size,
         backbone.mean,
         backbone.std,
         backbone.interpolation,
         resize_mode=backbone.resize_mode,
-        augment=augment,
     )
+
+
+def encoder(backbone: Backbone) -> Callable[[Tensor], dict[str, Tensor]]:
+    """Turns images (B, 3, S, S) into the named rows of a feature cache."""
+
+    def encode(batch: Tensor) -> dict[str, Tensor]:
+        features = backbone.encode_images(batch)
+        return {"pooled": features.pooled, "patches": features.patches}
+
+    return encode
+
+
+def plain_reader(backbone: Backbone) -> ReadImages:
+    """Reads images as the backbone was trained with them; nothing is random."""
+    transform = image_transform(backbone)
+
+    def read(paths: Sequence[Path], *, generator: torch.Generator | None) -> Tensor:
+        return read_batch(paths, transform)
+
+    return read
 
 
 def feature_source(
@@ -38,7 +60,6 @@ def feature_source(
     backbone: Backbone,
     config: FeatureConfig,
     *,
-    augment: bool = False,
     progress: bool = True,
 ) -> FeatureSource:
     """Features of images: from the disk cache, which is filled first, or computed batch by batch.
@@ -47,24 +68,16 @@ def feature_source(
         images: what to encode.
         backbone: encodes them.
         config: whether and where features are kept.
-        augment: random crops and flips; such features are never cached.
         progress: whether to show bars.
     """
-    transform = image_transform(backbone, augment=augment)
-    if augment or not config.cache:
-        read, plain = (partial(read_batch, transform=image_transform(backbone, augment=a)) for a in (augment, False))
-        return ImageSource(
-            images.paths, images.labels, read=read, read_plain=plain, backbone=backbone, at_once=config.image_batch
-        )
-
-    @no_grad()
-    def encode(batch: Tensor) -> dict[str, Tensor]:
-        features = backbone.encode_images(batch)
-        return {"pooled": features.pooled, "patches": features.patches}
-
+    if not config.cache:
+        read = plain_reader(backbone)
+        return ImageSource(images.paths, images.labels, read=read, backbone=backbone, at_once=config.image_batch)
+    transform = image_transform(backbone)
+    read = partial(read_batch, transform=transform)
     key = f"{backbone.fingerprint} {backbone.dtype} {transform.description}"
     cache = FeatureCache(config.cache_dir or default_cache_dir(), key)
-    rows = cache.load(images.paths, encode, transform, batch_size=config.image_batch, progress=progress)
+    rows = cache.load(images.paths, encoder(backbone), read, batch_size=config.image_batch, progress=progress)
     return CachedSource(rows, images.labels)
 
 

@@ -11,6 +11,7 @@ import torch
 from fastprompt.backbone import Backbone, load_backbone
 from fastprompt.data import Dataset, few_shot, load_dataset, select_classes
 from fastprompt.evaluation import Row, base_to_new, evaluate_accuracy
+from fastprompt.experiment.augmentation import training_source
 from fastprompt.experiment.config import ExperimentConfig, TrainConfig
 from fastprompt.experiment.sources import feature_source
 from fastprompt.learners import Learner, ZeroShot, make_learner
@@ -67,15 +68,21 @@ def train_run(config: ExperimentConfig, *, backbone: Backbone | None = None, pro
     if not run.complete or not run.metrics(EVALUATION):
         if backbone is None:
             name, weights = config.backbone_and_weights()
-            place = {"device": config.device, "precision": config.precision, "cache_dir": config.weights_dir}
-            backbone = load_backbone(name, weights, **place)
+            backbone = load_backbone(
+                name,
+                weights,
+                device=config.device,
+                precision=config.precision,
+                cache_dir=config.weights_dir,
+                memory_budget=config.memory_budget,
+            )
         learner, *peers = _learners(config, backbone, train.class_names)
         tests = _tests(dataset, backbone, config, progress)
         for row in (learner, *peers):
             for _, class_names in tests.values():
                 row.with_class_names(class_names)  # checks that they fit
         if isinstance(config, TrainConfig):
-            source = feature_source(train, backbone, config, augment=config.augment, progress=progress)
+            source = training_source(train, backbone, config, progress=progress)
             fit(learner, source, settings, run=run, progress=progress)
         if not run.complete:
             weights_dir = None if config.weights_dir is None else str(config.weights_dir.resolve())

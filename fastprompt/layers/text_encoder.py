@@ -5,10 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
+from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
-from fastprompt.backbone.class_tokens import pack
-from fastprompt.backbone.text import end_of_text_states
+from fastprompt.backbone.packing import pack
+from fastprompt.backbone.shared_prefix import end_of_text_states
 from fastprompt.errors import InputError
 
 
@@ -18,7 +19,7 @@ class SharedPrefixTextEncoder(nn.Module):
     CLIP's text tower is causal: what stands before the class name is the same for all classes, and what stands behind
     the end of text reaches nothing. The shared positions are encoded once, and the rest of every prompt is packed
     behind them without padding. Only the order of summation differs. Modules and parameters are those of the model,
-    under the names that CoOp's layer gives them.
+    under the names that CoOp's layer gives them. The blocks must be frozen when gradients are taken.
 
     Args:
         clip_model: a CLIP of openai/CLIP or open_clip, or GalLoP's model.
@@ -99,6 +100,8 @@ class SharedPrefixTextEncoder(nn.Module):
 
     def _encode(self, prefix: Tensor, behind: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Text features (G, C, D) of prefixes (G, S, W) and of all that follows them (G, T, W), C pieces of lengths."""
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.transformer.parameters()):
+            raise InputError("clip_model: expected a frozen text transformer, got weights that require gradients")
         dtype, shared = self.dtype, prefix.shape[1]
         positions = self.positional_embedding.to(dtype)
         packing = pack(lengths, prefix.device)
@@ -129,6 +132,8 @@ def _check_tower(tower: nn.Module) -> None:
         raise InputError(
             f"clip_model: expected the plain blocks of a CLIP text tower, got {', '.join(sorted(foreign))}"
         )
+    if foreign := {type(block.mlp.gelu).__name__ for block in blocks} - {"QuickGELU", "GELU"}:
+        raise InputError(f"clip_model: expected blocks with QuickGELU or GELU, got {', '.join(sorted(foreign))}")
     mask = getattr(blocks[0], "attn_mask", None)  # openai/CLIP
     mask = getattr(tower, "attn_mask", None) if mask is None else mask  # open_clip
     length = tower.positional_embedding.shape[0]
@@ -140,10 +145,13 @@ def _check_tower(tower: nn.Module) -> None:
 
 
 def _open_clip_layout(block: nn.Module) -> SimpleNamespace:
-    """A block under the names of open_clip, whose blocks scale both residuals; those of openai/CLIP do not."""
-    parts = {name: getattr(block, name) for name in ("attn", "ln_1", "mlp", "ln_2")}
+    """A block in the classes of open_clip, whose blocks scale both residuals; those of openai/CLIP do not."""
+    parts = {name: getattr(block, name) for name in ("attn", "ln_1", "ln_2")}
     scales = {name: getattr(block, name, nn.Identity()) for name in ("ls_1", "ls_2")}
-    return SimpleNamespace(**parts, **scales)
+    gelu = block.mlp.gelu if isinstance(block.mlp.gelu, nn.GELU) else QuickGELU()
+    return SimpleNamespace(
+        **parts, **scales, mlp=SimpleNamespace(c_fc=block.mlp.c_fc, gelu=gelu, c_proj=block.mlp.c_proj)
+    )
 
 
 @torch.no_grad()

@@ -74,9 +74,8 @@ class GalLoP(Learner):
 
     def local_features(self, features: ImageFeatures) -> Tensor:
         """Patch features (B, P, D) behind the learned and the frozen projection, L2-normalised."""
-        patches = features.patches.to(self.backbone.device, self.backbone.dtype)
-        learned = F.linear(patches, self.local_projection.to(patches.dtype))
-        return F.normalize(at_least_float32(self.backbone.project_patches(learned)), dim=-1)
+        local = self.backbone.project_patches(features.patches, self.local_projection)
+        return F.normalize(at_least_float32(local), dim=-1)
 
     def mean_text(self, features: ImageFeatures) -> tuple[Tensor, Tensor]:
         """See ``Learner``: global prompts score the pooled feature, local prompts the patches."""

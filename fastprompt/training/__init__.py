@@ -5,7 +5,7 @@ from fastprompt.training.loop import fit
 from fastprompt.training.metrics import EpochMetrics, TrainingResult
 from fastprompt.training.run_folder import RunFolder, epoch_metrics
 from fastprompt.training.settings import TrainingSettings, published_settings
-from fastprompt.training.sources import CachedSource, FeatureSource, ImageSource
+from fastprompt.training.sources import CachedSource, FeatureSource, ImageSource, ViewSource
 
 __all__ = [
     "CachedSource",
@@ -16,6 +16,7 @@ __all__ = [
     "RunFolder",
     "TrainingResult",
     "TrainingSettings",
+    "ViewSource",
     "epoch_metrics",
     "fit",
     "published_settings",

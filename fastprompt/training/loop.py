@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fastprompt.backbone.features import queue_copy
 from fastprompt.errors import InputError
 from fastprompt.learners.stored import restore_learned
 from fastprompt.training.interrupt import Interrupted, InterruptFlag
@@ -129,7 +130,7 @@ class _Training:
         # Prompt dropout draws from the default generator of the logits' device.
         torch.manual_seed(_derived_seed(self.settings.seed, self.epoch, self.step, LOSS))
         features = self.source.batch(indices, self._generator(TRANSFORMS, self.step)).to(self.device)
-        labels = self.source.labels[indices].to(self.device)
+        labels = queue_copy(self.source.labels[indices], self.device)
         scores = self.learner(features)
         self.optimizer.zero_grad()
         self.losses[self.step] = self.learner.backward(scores, labels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -90,6 +90,48 @@ class CachedSource:
         """Features and labels of all images once, in order."""
         for indices in torch.arange(len(self)).split(PLAIN_BATCH):
             yield self.batch(indices), self.labels[indices]
+
+
+class ViewSource:
+    """Features of several random views of every image that were computed before; a batch takes one view of each.
+
+    Args:
+        views: One row an image each, in the same order.
+        labels: (n,) class indices in the order of the rows.
+        plain: Gives the images without random transforms, for `plain_batches`; called only where those are asked for.
+
+    Raises:
+        InputError: There is no view, or not as many labels as rows.
+    """
+
+    def __init__(
+        self,
+        views: Sequence[FeatureRows],
+        labels: Sequence[int] | Tensor,
+        plain: Callable[[], FeatureSource],
+    ) -> None:
+        if not views:
+            raise InputError("views: expected at least one view of every image, got none")
+        self.views = [CachedSource(view, labels) for view in views]
+        self.labels = self.views[0].labels
+        self.plain = plain
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> ImageFeatures:
+        """Features of the images at `indices` (b,), each in the view that `generator` draws for it."""
+        if generator is None:
+            raise InputError("random views need a torch.Generator, got None")
+        drawn = torch.randint(len(self.views), indices.shape, generator=generator)
+        by_view = drawn.argsort(stable=True)
+        parts = [view.batch(indices[drawn == number]) for number, view in enumerate(self.views)]
+        place = by_view.argsort()  # of every image among the parts
+        return ImageFeatures(*(torch.cat([getattr(p, n) for p in parts])[place] for n in ("pooled", "patches")))
+
+    def plain_batches(self) -> Iterator[tuple[ImageFeatures, Tensor]]:
+        """Features and labels of all images once, in order and without a random view."""
+        return self.plain().plain_batches()
 
 
 class ImageSource:

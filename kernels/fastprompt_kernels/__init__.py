@@ -2,6 +2,8 @@
 
 from .implementations import available_implementations
 from .patch_statistics import PatchStatistics, patch_statistics
+from .prefix_attention import prefix_attention
+from .resized_crop import resized_crop
 from .sinkhorn import iterations_until, sinkhorn, sinkhorn_changes
 from .topk_similarity import selected_patches, topk_similarity
 
@@ -10,6 +12,8 @@ __all__ = [
     "available_implementations",
     "iterations_until",
     "patch_statistics",
+    "prefix_attention",
+    "resized_crop",
     "selected_patches",
     "sinkhorn",
     "sinkhorn_changes",

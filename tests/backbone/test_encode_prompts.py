@@ -11,19 +11,36 @@ from hypothesis import strategies as st
 
 from benchmarks.class_names import CALTECH, DTD
 from benchmarks.peers import encode_padded
-from fastprompt.backbone.class_tokens import ROW_TOKENS, pack
+from fastprompt.backbone.memory import SPARE
+from fastprompt.backbone.packing import pack
 from fastprompt.errors import InputError
 from tests.models import TEXT, VIT, make_backbone, make_clip
 
 ROOT = Path(__file__).parents[2]
 WORDS = "a photo of a"
-TEXT_B16 = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
+# Text towers as published, with two blocks instead of twelve, and the width of the joint space.
+TOWERS = {
+    "ViT-B/16": ({"width": 512, "heads": 8}, 512, True),
+    "ViT-B/16 with GELU": ({"width": 512, "heads": 8}, 512, False),
+    "ViT-L/14": ({"width": 768, "heads": 12}, 768, True),
+    "RN50": ({"width": 512, "heads": 8}, 1024, True),
+}
+# Of 1 to 70 tokens with the end of text, and one of them twice.
+NAMES = (*CALTECH[:3], "star " * 30, CALTECH[0], "sea " * 69)
 
 
-@pytest.fixture(scope="module")
-def text_b16():
-    """The text tower of ViT-B/16 with random weights, behind a small image tower."""
-    return make_backbone(make_clip(VIT, TEXT_B16, embed_dim=512))
+@pytest.fixture(scope="module", params=TOWERS)
+def published(request):
+    """A backbone with the text tower of a published model and random weights, behind a small image tower."""
+    text, embed_dim, quick_gelu = TOWERS[request.param]
+    text = {"context_length": 77, "vocab_size": 49408, "layers": 2, **text}
+    return make_backbone(make_clip(VIT, text, embed_dim=embed_dim, quick_gelu=quick_gelu))
+
+
+def gradients(features, context):
+    """Features, and the gradient of their product with fixed numbers."""
+    weights = torch.randn(features.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    return features.detach(), *torch.autograd.grad((features * weights).sum(), context)
 
 
 def padded_ids(names):
@@ -36,31 +53,30 @@ def context_of(backbone, groups, tokens, seed=0):
     return (0.5 * context).requires_grad_()
 
 
-def test_equals_open_clip_on_100_real_names_in_float64(text_b16):
-    sentences = padded_ids(f"{WORDS} {name}" for name in CALTECH)
+def test_equals_open_clip_on_real_names(published):
+    names = CALTECH[:20]
     with torch.no_grad():
-        expected = text_b16.model.encode_text(sentences, normalize=True)
-        got = text_b16.encode_prompts(text_b16.embed_words(WORDS)[None], text_b16.tokenize(CALTECH))[0]
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+        expected = published.model.encode_text(padded_ids(f"{WORDS} {name}" for name in names), normalize=True)
+        got = published.encode_prompts(published.embed_words(WORDS)[None], published.tokenize(names))[0]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
 
 
-def test_equals_open_clip_on_100_real_names_in_float32():
-    backbone = make_backbone(make_clip(VIT, TEXT_B16, embed_dim=512).float())
-    sentences = padded_ids(f"{WORDS} {name}" for name in CALTECH)
-    with torch.no_grad():
-        expected = backbone.model.encode_text(sentences, normalize=True)
-        got = backbone.encode_prompts(backbone.embed_words(WORDS)[None], backbone.tokenize(CALTECH))[0]
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
-
-
-def test_context_gradient_equals_that_of_the_padded_pass(text_b16):
-    names = CALTECH[:5]
-    weights = torch.randn(2, 5, 512, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    ours, padded = context_of(text_b16, 2, 4), context_of(text_b16, 2, 4)
-    (text_b16.encode_prompts(ours, text_b16.tokenize(names)) * weights).sum().backward()
-    (encode_padded(text_b16.model, padded, padded_ids(names)) * weights).sum().backward()
-    assert padded.grad.abs().max() > 1e-3
-    torch.testing.assert_close(ours.grad, padded.grad, rtol=1e-10, atol=1e-10)
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "class-specific"])
+def test_features_and_gradients_equal_the_padded_pass(published, own, monkeypatch):
+    """Whole, cut between groups (contexts of prompts, or of images), and cut between classes."""
+    context = context_of(published, 3, 4)
+    if own:
+        context = context.detach()[:, None].expand(-1, len(NAMES), -1, -1).clone()
+        context = (context + 0.1 * torch.randn_like(context)).requires_grad_()
+    expected = gradients(encode_padded(published.model, context, padded_ids(NAMES)), context)
+    class_tokens = published.tokenize(NAMES)
+    lengths = [4 * own + length for length in class_tokens.lengths]
+    shared = 1 if own else 5
+    for tokens in (10**6, shared + sum(lengths), shared + max(lengths)):
+        budget = int(tokens * published._text.size().per_token(with_gradient=True) / SPARE) + 1
+        monkeypatch.setattr(published, "memory_budget", budget)
+        got = gradients(published.encode_prompts(context, class_tokens), context)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
 
 
 @settings(max_examples=20, deadline=None)
@@ -90,27 +106,12 @@ def test_any_names_contexts_and_lengths(vit_backbone, names, groups, tokens, own
     torch.testing.assert_close(context.grad, padded.grad, rtol=1e-9, atol=1e-9)
 
 
-@given(lengths=st.lists(st.integers(1, 75), min_size=1, max_size=200))
-def test_packing_puts_every_token_in_a_slot_of_its_own(lengths):
-    packing = pack(tuple(lengths), torch.device("cpu"))
-    first = torch.tensor([0, *lengths]).cumsum(0)[:-1]
-    taken = packing.visible.flatten(0, 1).sum(dim=-1)  # a token sees itself and those before it in its sequence
-    for index, length in enumerate(lengths):
-        slots = torch.arange(packing.last[index] - length + 1, packing.last[index] + 1)
-        assert (packing.token[slots] == first[index] + torch.arange(length)).all()
-        assert (packing.position[slots] == torch.arange(length)).all()
-        assert (taken[slots] == torch.arange(1, length + 1)).all()
-        assert slots[0] // packing.width == slots[-1] // packing.width
-    assert packing.width <= max(ROW_TOKENS + max(lengths), 2 * max(lengths))
-    assert packing.rows * packing.width <= sum(lengths) + packing.rows * max(lengths)
-
-
 def test_tokens_of_four_prompts_and_the_names_of_dtd(vit_backbone):
     """The example of README and docs/architecture.md: four contexts of four tokens behind the start of text."""
     class_tokens = vit_backbone.tokenize(DTD)
-    packing = pack(class_tokens.lengths, torch.device("cpu"))
-    filled = int(packing.visible.sum(dim=-1).gt(1).sum()) + len(DTD)  # a name's first token sees itself alone
-    empty = packing.rows * packing.width - filled
+    sequence = pack(class_tokens.lengths, torch.device("cpu")).sequence
+    filled = int((sequence >= 0).sum())
+    empty = sequence.numel() - filled
     prefix, groups = 1 + 4, 4
     needed, padded = groups * (prefix + filled), groups * len(DTD) * vit_backbone.context_length
     assert (sum(class_tokens.lengths), empty) == (filled, 1)
@@ -160,6 +161,21 @@ def test_words_behind_the_name_stand_between_it_and_the_suffix(causal):
             expected = backbone.model.encode_text(ids, normalize=True)
             got = backbone.encode_prompts(context, class_tokens, after)[0]
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_words_behind_the_name_are_encoded_in_pieces(vit_backbone, monkeypatch, own):
+    class_tokens = vit_backbone.tokenize(["cat", "polar bear", "sea"], suffix=".")
+    context, after = context_of(vit_backbone, 2, 4), context_of(vit_backbone, 2, 3)
+    if own:
+        after = torch.stack([after, 2 * after, 3 * after], dim=1).detach().requires_grad_()
+    expected = gradients(vit_backbone.encode_prompts(context, class_tokens, after), (context, after))
+    shared, lengths = 5, [3 + length for length in class_tokens.lengths]
+    for tokens in (shared + sum(lengths), shared + max(lengths)):
+        budget = int(tokens * vit_backbone._text.size().per_token(with_gradient=True) / SPARE) + 1
+        monkeypatch.setattr(vit_backbone, "memory_budget", budget)
+        got = gradients(vit_backbone.encode_prompts(context, class_tokens, after), (context, after))
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
 
 
 def test_a_context_behind_names_of_unknown_length_is_refused(vit_backbone):

@@ -6,8 +6,10 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastprompt import load_backbone
+from fastprompt.backbone.image_towers import _value_path_block
 from fastprompt.backbone.load import PRECISIONS
 from fastprompt.errors import InputError
 from tests.models import TEXT, VIT, make_backbone, make_clip
@@ -27,6 +29,7 @@ def timm_trunk(name, pool, proj="linear"):
 
 TOWERS = {
     "vit": VIT,
+    "vit with pixels beyond its patches": VIT | {"image_size": 35},
     "resnet": RESNET,
     "timm map": timm_trunk("mobilenetv2_050", "avg"),
     "timm head behind the pool": timm_trunk("convnext_atto", "avg"),
@@ -86,14 +89,72 @@ def test_a_constant_timm_map_projects_to_the_pooled_feature():
         torch.testing.assert_close(backbone.project_patches(patch)[:, 0], pooled, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("vision", TOWERS.values(), ids=TOWERS.keys())
+def test_a_learned_layer_before_the_projection_is_two_products_in_one(vision):
+    """Values and gradients, with the learned weight in float32 as learners have it."""
+    backbone = make_backbone(make_clip(vision, TEXT))
+    patches = torch.randn(2, 3, backbone.patch_width, dtype=torch.float64)
+    learned = (0.1 * torch.randn(backbone.patch_width, backbone.patch_width)).requires_grad_()
+    got = backbone.project_patches(patches, learned)
+    expected = backbone.project_patches(patches @ learned.double().T)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+    weights = torch.randn_like(got)
+    gradients = [torch.autograd.grad((values * weights).sum(), learned)[0] for values in (got, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)  # of float32 as the weight is
+
+
+def test_a_learned_layer_costs_one_product_of_the_patches():
+    backbone = make_backbone(make_clip())
+    width, joint = backbone.patch_width, backbone.embed_dim
+    patches, learned = torch.randn(5, 16, width, dtype=torch.float64), torch.eye(width, dtype=torch.float64)
+    with FlopCounterMode(display=False) as counter:
+        backbone.project_patches(patches, learned)
+    assert counter.get_total_flops() == 2 * width * joint * (width + 5 * 16)
+
+
+def test_a_small_step_of_a_learned_layer_survives_bfloat16():
+    """The weight 1 + 1/256 is 1 in bfloat16, so the two must be multiplied before they are rounded."""
+    backbone = make_backbone(make_clip().bfloat16())
+    patches = torch.randn(4, backbone.patch_width).bfloat16()
+    learned = torch.eye(backbone.patch_width) * (1 + 2**-8)
+    assert not torch.equal(backbone.project_patches(patches, learned), backbone.project_patches(patches))
+
+
+def test_the_last_block_computes_nothing_that_is_thrown_away(vit_backbone):
+    """Queries of the class token alone; keys and values, output projection and MLP of all tokens."""
+    block = vit_backbone.model.visual.transformer.resblocks[-1]
+    B, L, W = 3, 17, VIT["width"]
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        _value_path_block(block, torch.randn(B, L, W, dtype=torch.float64))
+    products = [torch.ops.aten.addmm, torch.ops.aten.mm]
+    counted = sum(counter.get_flop_counts()["Global"].get(product, 0) for product in products)
+    assert counted == 2 * B * W * W * (1 + L * (2 + 1 + 4 + 4))
+
+
+def test_the_tower_runs_in_inference_mode_and_its_features_can_be_trained_on(vit_backbone, images):
+    seen = []
+    block = vit_backbone.model.visual.transformer.resblocks[0]
+    hook = block.mlp.register_forward_hook(lambda *_: seen.append(torch.is_inference_mode_enabled()))
+    features = vit_backbone.encode_images(images)
+    hook.remove()
+    assert seen == [True]
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    ((weight * features.pooled).sum() + (weight * features.patches).sum()).backward()  # refuses inference tensors
+    torch.testing.assert_close(weight.grad, features.pooled.sum() + features.patches.sum())
+
+
 def test_each_block_runs_once(vit_backbone, images):
-    calls = []
-    blocks = vit_backbone.model.visual.transformer.resblocks
-    hooks = [block.mlp.register_forward_hook(lambda *_, index=i: calls.append(index)) for i, block in enumerate(blocks)]
-    vit_backbone.encode_images(images)
-    for hook in hooks:
-        hook.remove()
-    assert calls == list(range(len(blocks)))
+    """No branch is computed and thrown away: open_clip's own pass does not do fewer operations."""
+
+    def operations(run):
+        with FlopCounterMode(display=False) as counter:
+            run(images)
+        return counter.get_total_flops()
+
+    torch.backends.mha.set_fastpath_enabled(False)  # its operator is not counted
+    plain = operations(vit_backbone.model.encode_image)
+    torch.backends.mha.set_fastpath_enabled(True)
+    assert 0.75 * plain < operations(vit_backbone.encode_images) <= plain
 
 
 def test_a_backbone_is_frozen_for_good(vit_backbone):

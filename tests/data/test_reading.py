@@ -62,16 +62,6 @@ def test_batches_keep_the_order_of_paths(paths):
     assert torch.equal(batch, torch.stack([transform(load_image(path)) for path in paths[::-1]]))
 
 
-def test_augmented_batches_depend_on_the_generator_alone(paths):
-    transform = ImageTransform(8, HALF, HALF, augment=True)
-    generator = torch.Generator().manual_seed(7)
-    first, second = (read_batch(paths, transform, generator=generator, workers=1) for _ in range(2))
-    assert not torch.equal(first, second)
-    assert torch.equal(read_batch(paths, transform, generator=torch.Generator().manual_seed(7), workers=4), first)
-    same = read_batch([paths[0]] * 2, transform, generator=generator)
-    assert not torch.equal(same[0], same[1])
-
-
 def test_an_unreadable_image_in_a_batch_is_named(paths):
     paths[3].write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"3.png: cannot be read as an image"):

@@ -75,6 +75,17 @@ def test_augmented_and_uncached_training_run_on_images(photos, common, tmp_path)
     assert metrics("augment")[0]["loss"] != metrics("no-cache")[0]["loss"]
 
 
+def test_views_are_encoded_once_and_end_alike(photos, common, capsys):
+    flags = ["--augment", "--views", "2"]
+    assert main(["train", "coop", str(photos), *common, *flags, "--out", "first"]) == 0
+    assert capsys.readouterr().err.count("encoding images") >= 3  # two views, and the test images
+    assert main(["train", "coop", str(photos), *common, *flags, "--out", "second"]) == 0
+    assert "encoding images" not in capsys.readouterr().err
+    assert Path("second/model.safetensors").read_bytes() == Path("first/model.safetensors").read_bytes()
+    assert main(["train", "coop", str(photos), *common, "--views", "2", "--out", "third"]) == 2
+    assert "views: expected at least 0, and 0 without --augment, got 2" in capsys.readouterr().err
+
+
 def test_base_to_new_reports_both_halves(photos, common, capsys):
     assert main(["train", "coop", str(photos), *common, "--classes", "base", "--out", "run"]) == 0
     results = metrics("run")[-1]["results"]

@@ -165,6 +165,14 @@ def test_text_encoder_refuses_what_it_cannot_speed_up(model):
     with pytest.raises(InputError, match="text transformer of a CLIP, got Linear"):
         SharedPrefixTextEncoder(nn.Linear(2, 2))
 
+    other = copy.deepcopy(model)
+    other.transformer.resblocks[1].mlp.gelu = nn.ReLU()
+    with pytest.raises(InputError, match="expected blocks with QuickGELU or GELU, got ReLU"):
+        SharedPrefixTextEncoder(other)
+    learning = SharedPrefixTextEncoder(copy.deepcopy(model).requires_grad_())
+    with pytest.raises(InputError, match="frozen text transformer, got weights that require gradients"):
+        learning.encode(torch.randn(2, 4, 48), placeholders(2)[0])
+
     encoder, (ids, lengths) = SharedPrefixTextEncoder(model), placeholders(2)
     prompts = coop_prompts(model, torch.randn(2, 48), ids, lengths)
     with pytest.raises(InputError, match=r"expected prompts \(C, 77, 48\).*got \(5, 76, 48\)"):

@@ -5,7 +5,7 @@ import torch
 
 from fastprompt.backbone.features import ImageFeatures
 from fastprompt.errors import InputError
-from fastprompt.training import CachedSource, ImageSource
+from fastprompt.training import CachedSource, ImageSource, ViewSource
 
 
 class TinyTower(torch.nn.Module):
@@ -78,6 +78,32 @@ def test_plain_batches_are_all_images_in_order_without_randomness(images, toy):
     batches = list(cached.plain_batches())
     assert torch.equal(torch.cat([features.pooled for features, _ in batches]), cached.features.pooled)
     assert torch.equal(torch.cat([labels for _, labels in batches]), cached.labels)
+
+
+def test_view_source_takes_one_view_of_each_image(toy):
+    rows = toy.source(n=10).features
+    views = [type(rows)(rows.pooled + 10 * number, rows.patches + number) for number in range(3)]
+    source = ViewSource(views, torch.arange(10) % 4, lambda: toy.source(n=10))
+    indices = torch.tensor([7, 0, 7, 3, 9] * 20)
+    first, again, other = (source.batch(indices, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
+    assert torch.equal(first.pooled, again.pooled) and not torch.equal(first.pooled, other.pooled)
+    view = ((first.pooled - rows.pooled[indices]) / 10).round()
+    torch.testing.assert_close(first.pooled, rows.pooled[indices] + 10 * view)
+    assert torch.equal(first.patches, view[:, :1, None].expand(100, 2, 3))  # of the same view
+    assert set(view[:, 0].tolist()) == {0, 1, 2}
+    assert len(source) == 10 and source.labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    ((plain, _),) = source.plain_batches()
+    assert torch.equal(plain.pooled, rows.pooled)
+
+
+def test_view_source_refuses_what_it_cannot_do(toy):
+    rows = toy.source(n=10).features
+    with pytest.raises(InputError, match="expected at least one view of every image, got none"):
+        ViewSource([], [], toy.source)
+    with pytest.raises(InputError, match=r"random views need a torch.Generator, got None"):
+        ViewSource([rows], torch.zeros(10), toy.source).batch(torch.tensor([0]))
+    with pytest.raises(InputError, match="as many as the 10 cached images, not 3"):
+        ViewSource([rows], [0, 1, 2], toy.source)
 
 
 def test_labels_must_match(toy):

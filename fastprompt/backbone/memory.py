@@ -1,0 +1,169 @@
+"""How much memory a pass through the text tower takes, and how it is cut into pieces that fit a budget."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fastprompt.errors import InputError
+
+log = logging.getLogger(__name__)
+
+MemoryBudget = int | Literal["auto"]
+
+AUTO_SHARE = 0.5  # of the memory that is free when a shape is encoded for the first time
+SPARE = 0.97  # of a piece's tokens: packing leaves few slots empty
+MEMINFO = Path("/proc/meminfo")  # Linux
+CGROUP = Path("/sys/fs/cgroup")  # a container's limit on Linux
+
+
+@dataclass(frozen=True)
+class TowerSize:
+    """What decides how many bytes a token takes.
+
+    Attributes:
+        width: W.
+        hidden: width of the MLP.
+        blocks: number of blocks.
+        element_size: bytes of a weight.
+    """
+
+    width: int
+    hidden: int
+    blocks: int
+    element_size: int
+
+    @property
+    def saved_per_block(self) -> int:
+        """Bytes that a token keeps in one block for the backward pass.
+
+        The block's input, queries, keys, values, the sum behind the attention (5 W together), the activation's input,
+        and mean and deviation of two layer norms.
+        """
+        return (5 * self.width + self.hidden) * self.element_size + 4 * max(4, self.element_size)
+
+    def per_token(self, with_gradient: bool) -> int:
+        """Bytes of a token at the worst moment of a pass: in the last block, of which little is kept.
+
+        Beside what all other blocks keep, there are tensors that come and go: seven of width W and the hidden one.
+        """
+        passing = (7 * self.width + self.hidden) * self.element_size
+        return passing + (self.blocks - 1) * self.saved_per_block if with_gradient else passing
+
+
+@dataclass(frozen=True)
+class EncodingPlan:
+    """How G contexts and C classes are cut into pieces; every piece is encoded, and for gradients encoded again.
+
+    Attributes:
+        groups: contexts of a piece.
+        classes: classes of each piece; they sum to C.
+        nbytes: estimated bytes of all tensors at the worst moment, beside the weights and the features themselves. A
+            process may grow by up to half as much again, because its allocator leaves gaps.
+        whole: whether there is a single piece.
+    """
+
+    groups: int
+    classes: tuple[int, ...]
+    nbytes: int
+    whole: bool
+
+
+@lru_cache(maxsize=64)  # decided once, so that every step of a training is cut alike
+def plan_encoding(
+    size: TowerSize,
+    groups: int,
+    shared: int,
+    lengths: tuple[int, ...],
+    budget: MemoryBudget,
+    device: torch.device,
+    with_gradient: bool,
+) -> EncodingPlan:
+    """Cut as little as the budget allows: first between groups, which costs nothing but a second forward pass.
+
+    Args:
+        size: of the tower.
+        groups: G.
+        shared: tokens that a group has once for all classes.
+        lengths: tokens of each class.
+        budget: bytes, or "auto" for half of the memory that is free now.
+        device: where the tower is.
+        with_gradient: whether a backward pass follows.
+
+    Raises:
+        InputError: not even one class fits into the budget.
+    """
+    per_token = size.per_token(with_gradient)
+    available = automatic_budget(device) if budget == "auto" else budget
+    tokens = groups * (shared + sum(lengths))
+    if available is None or tokens * per_token <= available:
+        return _logged(
+            EncodingPlan(groups, (len(lengths),), tokens * per_token, whole=True), tokens, groups, with_gradient
+        )
+    at_once = int(available / per_token * SPARE)
+    if shared + max(lengths) > at_once:
+        needed = int((shared + max(lengths)) * per_token / SPARE) + 1
+        raise InputError(f"memory_budget: expected at least {needed} bytes for the longest class name, got {available}")
+    together = at_once // (shared + sum(lengths))
+    if together:
+        together = -(-groups // -(-groups // together))  # pieces of about the same size
+        plan = EncodingPlan(together, (len(lengths),), together * (shared + sum(lengths)) * per_token, whole=False)
+    else:
+        classes = _cut(lengths, at_once - shared)
+        ends = [0, *torch.tensor(classes).cumsum(0).tolist()]
+        largest = max(sum(lengths[start:end]) for start, end in pairwise(ends))
+        plan = EncodingPlan(1, classes, (shared + largest) * per_token, whole=False)
+    return _logged(plan, tokens, groups, with_gradient)
+
+
+def _cut(lengths: tuple[int, ...], limit: int) -> tuple[int, ...]:
+    """How many classes stand in each piece of at most ``limit`` tokens; the pieces are about equal."""
+    target = sum(lengths) / -(-sum(lengths) // limit)
+    classes, taken, done = [0], 0, 0
+    for length in lengths:
+        if classes[-1] and (taken + length > limit or done >= target * len(classes)):
+            classes.append(0)
+            taken = 0
+        classes[-1] += 1
+        taken += length
+        done += length
+    return tuple(classes)
+
+
+def _logged(plan: EncodingPlan, tokens: int, groups: int, with_gradient: bool) -> EncodingPlan:
+    pieces = -(-groups // plan.groups) * len(plan.classes)
+    log.log(
+        logging.INFO if with_gradient else logging.DEBUG,
+        "%s %d contexts x %d classes: %d tokens, in %d piece%s of about %.0f MB",
+        *("training on" if with_gradient else "encoding", groups, sum(plan.classes), tokens),
+        *(pieces, "s" * (pieces > 1), plan.nbytes / 1e6),
+    )
+    return plan
+
+
+def automatic_budget(device: torch.device) -> int | None:
+    """Half of the free memory in bytes; None where the system does not tell."""
+    free = _free_memory(device)
+    return None if free is None else int(AUTO_SHARE * free)
+
+
+def _free_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if not MEMINFO.exists():
+        names = getattr(os, "sysconf_names", {})  # not on Windows
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in names else None
+    fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+    free = 1024 * int(fields["MemAvailable"].split()[0])
+    limit = CGROUP / "memory.max"
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int((CGROUP / "memory.current").read_text()))
+    return free
