@@ -15,8 +15,14 @@ from torch import Tensor
 from benchmarks.measure import Benchmark, Case, Shape
 from benchmarks.optional import compiled
 from benchmarks.peers import first_positions
-from benchmarks.text_encoder import NAMES
-from benchmarks.train_step_peers import Task, clean_transformer, gallop_step, published_text_tower, published_transformer
+from benchmarks.text_encoder import NAMES, PRECISIONS
+from benchmarks.train_step_peers import (
+    Task,
+    clean_transformer,
+    gallop_step,
+    published_text_tower,
+    published_transformer,
+)
 from fastprompt.backbone import Backbone, ImageFeatures, load_backbone
 from fastprompt.learners import GalLoP
 
@@ -25,7 +31,6 @@ TRUNCATED, IMAGES, CACHED = "longest name", "fastprompt, images", "fastprompt, c
 
 Results = tuple[Tensor, ...]
 MODEL = "ViT-B-16-quickgelu"
-PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 LARGEST = max(NAMES, key=lambda names: len(NAMES[names]))
 
 # Relative error of logits, loss and gradients. In float32 what weighs most is a patch that is selected instead of
@@ -84,7 +89,7 @@ def build(shape: Shape, device: torch.device) -> Case:
     """
     torch.compiler.reset()
     work = workload(shape, device)
-    model, task, share = work.backbone.model, work.task, shape["share"]
+    model, task = work.backbone.model, work.task
     needed = 1 + work.contexts.shape[1] + max(work.learner.class_tokens.lengths)
     cut = replace(task, ids=task.ids[:, :needed])
     published = partial(gallop_step, published_text_tower(model), model.visual, published_transformer, task=task)
@@ -142,7 +147,12 @@ def _ours(work: Workload, features: Callable[[], ImageFeatures]) -> Callable[[],
         optimizer.step()
         of_contexts = torch.cat([learner.global_prompts.grad, learner.local_prompts.grad])
         of_contexts = of_contexts.unflatten(0, (-1, task.copies)).sum(dim=1)
-        return scores.logits[: len(task.images)].detach(), loss.detach()[None], of_contexts, learner.local_projection.grad
+        return (
+            scores.logits[: len(task.images)].detach(),
+            loss.detach()[None],
+            of_contexts,
+            learner.local_projection.grad,
+        )
 
     return step
 
@@ -151,6 +161,11 @@ _CPU = {"dtype": "float32", "B": 8, "C": 47, "names": "DTD", "share": 4}
 _GPU = {"dtype": "bfloat16", "B": 128, "C": len(NAMES[LARGEST]), "names": LARGEST, "share": 4}
 _CPU_SHAPES = tuple({**_CPU, "dtype": dtype, "B": images} for dtype in PRECISIONS for images in (8, 32))
 _GPU_SHAPES = tuple({**_GPU, "B": images} for images in (128, 512, 2048))
+
+PROFILED = {
+    "cpu": tuple(shape for shape in _CPU_SHAPES if shape["B"] == 8),
+    "cuda": _GPU_SHAPES[:1],
+}
 
 BENCHMARK = Benchmark(
     name="train_step",
