@@ -29,6 +29,8 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks call_overhead
 	$(BIN)/python -m benchmarks break_even
 	$(BIN)/python -m benchmarks text_encoder
+	$(BIN)/python -m benchmarks train_step
+	$(BIN)/python -m benchmarks train_step --profile
 	$(BIN)/python -m benchmarks conditional
 	$(BIN)/python -m benchmarks plot
 

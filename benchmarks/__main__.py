@@ -19,8 +19,10 @@ from benchmarks import (
     drop_in,
     patch_statistics,
     results,
+    step_profile,
     text_encoder,
     topk_similarity,
+    train_step,
 )
 from benchmarks.measure import Benchmark, WrongResultError, measure
 from benchmarks.plot import draw_growth
@@ -39,7 +41,7 @@ Then: python -m benchmarks plot"""
 
 BENCHMARKS = {
     module.BENCHMARK.name: module.BENCHMARK
-    for module in (text_encoder, conditional, topk_similarity, patch_statistics, call_overhead, drop_in)
+    for module in (text_encoder, train_step, conditional, topk_similarity, patch_statistics, call_overhead, drop_in)
 }
 
 
@@ -63,6 +65,17 @@ class TextEncoder(Measure):
 
     The 77-token pass of 4 x 100 prompts took 11.5 GB of memory beyond its inputs.
     """
+
+
+@dataclass(frozen=True)
+class TrainStep(Measure):
+    """A whole training step of GalLoP beside the computation of its published code, and beside clean PyTorch.
+
+    Peers do a fourth of the step, which is checked against ours and counted four times. Needs 6 GB of memory.
+    """
+
+    profile: bool = False
+    """Show instead where the time of our own step goes: rows in train_step_profile.csv, and a picture."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +141,7 @@ class Plot:
 
 Command = (
     Annotated[TextEncoder, subcommand("text_encoder")]
+    | Annotated[TrainStep, subcommand("train_step")]
     | Annotated[Conditional, subcommand("conditional")]
     | Annotated[TopkSimilarity, subcommand("topk_similarity")]
     | Annotated[PatchStatistics, subcommand("patch_statistics")]
@@ -147,6 +161,17 @@ def run(benchmark: Benchmark, options: Measure) -> None:
         measured = measure(benchmark, shape, device, options.quick)
         results.append(options.out / f"{benchmark.name}.csv", shape, device, measured.measurements)
         tqdm.write(f"\n{results.table(benchmark, shape, measured).to_text()}")
+
+
+def profile(options: TrainStep) -> None:
+    """Profile our training step in every precision; rows are written and a table is printed after each."""
+    device, file = _device(options.device), options.out / "train_step_profile.csv"
+    shapes = (train_step.BENCHMARK.quick_shapes if options.quick else train_step.PROFILED)[device.type]
+    for shape in tqdm(shapes, desc="shapes", disable=None):
+        profiles = step_profile.profile(shape, device)
+        step_profile.write(shape, device, profiles, file)
+        tqdm.write(f"\n{step_profile.table(shape, profiles).to_text()}")
+    print("\n".join(map(str, step_profile.draw(file))))
 
 
 def _device(name: str) -> torch.device:
@@ -179,6 +204,10 @@ def main() -> int:
         match command:
             case TextEncoder():
                 run(text_encoder.BENCHMARK, command)
+            case TrainStep(profile=True):
+                profile(command)
+            case TrainStep():
+                run(train_step.BENCHMARK, command)
             case Conditional():
                 run(conditional.BENCHMARK, command)
             case TopkSimilarity():

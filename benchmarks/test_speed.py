@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from benchmarks import call_overhead, conditional, patch_statistics, text_encoder, topk_similarity
+from benchmarks import call_overhead, conditional, patch_statistics, text_encoder, topk_similarity, train_step
 from benchmarks.measure import UnavailableError
 from benchmarks.similarity import around
 
 CPU = torch.device("cpu")
 ROUNDS = 5
-MODULES = (topk_similarity, patch_statistics, call_overhead, text_encoder, conditional)
+MODULES = (topk_similarity, patch_statistics, call_overhead, text_encoder, train_step, conditional)
 SMALL = {
     "topk_similarity": around(
         {"dtype": "float32", "pass": "", "B": 4, "P": 196, "N": 4, "D": 512, "C": 47, "k": 20}, {}
@@ -17,6 +17,7 @@ SMALL = {
     "patch_statistics": around({"dtype": "float32", "pass": "", "B": 4, "P": 196, "D": 512, "C": 47}, {}),
     "call_overhead": call_overhead.BENCHMARK.shapes["cpu"],
     "text_encoder": ({"dtype": "float32", "G": 2, "M": 4, "C": 47, "names": "DTD"},),
+    "train_step": ({"dtype": "float32", "B": 4, "C": 47, "names": "DTD", "share": 4},),
     "conditional": ({"dtype": "float32", "method": "cocoop", "B": 2, "C": 47, "names": "DTD"},),
 }
 
