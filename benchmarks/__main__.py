@@ -17,6 +17,7 @@ from benchmarks import (
     call_overhead,
     conditional,
     drop_in,
+    method_table,
     patch_statistics,
     results,
     step_profile,
@@ -121,6 +122,24 @@ class BreakEven:
 
 
 @dataclass(frozen=True)
+class Methods:
+    """Every method on the demo's scenes, three seeds: accuracy on base and new classes, OOD detection, cost of a step.
+
+    Completes methods.csv: delete its rows, or the file, to train anew. Appends to method_steps.csv, and puts the table
+    into the page.
+    """
+
+    scenes: Path = Path("runs/demo")
+    """Folder of the rendered scenes and their features, which are made if they are not there; the demo's is taken."""
+
+    out: Path = results.FOLDER
+    """Folder of the rows."""
+
+    page: Path = method_table.PAGE
+    """Page with the table."""
+
+
+@dataclass(frozen=True)
 class KernelResources:
     """Compile every Triton kernel that can be launched, for every target; needs no GPU, and 12 minutes on two cores.
 
@@ -148,6 +167,7 @@ Command = (
     | Annotated[CallOverhead, subcommand("call_overhead")]
     | Annotated[DropIn, subcommand("drop_in")]
     | Annotated[BreakEven, subcommand("break_even")]
+    | Annotated[Methods, subcommand("methods")]
     | Annotated[KernelResources, subcommand("kernel_resources")]
     | Annotated[Plot, subcommand("plot")]
 )
@@ -220,6 +240,8 @@ def main() -> int:
                 run(drop_in.BENCHMARK, command)
             case BreakEven(device, out):
                 print(break_even.measure_grid(_device(device), out))
+            case Methods(scenes, out, page):
+                print(method_table.measure_all(scenes, out, page))
             case KernelResources(file):
                 from benchmarks import kernel_table  # imports triton
 

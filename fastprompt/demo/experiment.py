@@ -75,8 +75,7 @@ class DemoResult:
 def run_experiment(out: Path) -> DemoResult:
     """Render the scenes, train and test every method with every seed. What is in ``out`` already is not done again."""
     started = time.perf_counter()
-    features = FeatureConfig(cache_dir=out / "cache")
-    materials = _prepare(_render_once(out / "data"), features)
+    materials = prepare(out)
     names = materials.dataset.test.class_names
     untrained = ZeroShot(materials.backbone, names), GalLoP(materials.backbone, names, k=GALLOP_K)
     trials = {UNTRAINED.get(learner.method, learner.method): [_untrained(learner, materials)] for learner in untrained}
@@ -96,7 +95,9 @@ def _render_once(folder: Path) -> Path:
     return folder
 
 
-def _prepare(data: Path, features: FeatureConfig) -> Materials:
+def prepare(out: Path) -> Materials:
+    """The scenes and their features, in ``out``; what is there already is not made again."""
+    data, features = _render_once(out / "data"), FeatureConfig(cache_dir=out / "cache")
     backbone = load_backbone("demo")
     dataset = load_dataset(data)
     domains = {name: split_of(load_dataset(data / "domains" / name), "all") for name in DOMAINS}
@@ -105,14 +106,14 @@ def _prepare(data: Path, features: FeatureConfig) -> Materials:
         backbone,
         dataset,
         feature_source(dataset.test, backbone, features),
-        tuple(feature_source(half, backbone, features) for half in _halves(dataset)),
+        tuple(feature_source(half, backbone, features) for half in halves(dataset)),
         {name: feature_source(images, backbone, features) for name, images in domains.items()},
         feature_source(unknown, backbone, features),
     )
 
 
 def _untrained(learner: Learner, materials: Materials) -> Trial:
-    base, _ = _halves(materials.dataset)
+    base, _ = halves(materials.dataset)
     return Trial(None, _measure(learner, learner.with_class_names(base.class_names), materials))
 
 
@@ -139,7 +140,7 @@ def _trained(method: str, options: dict, materials: Materials, out: Path) -> Tri
 
 def _measure(on_all: Learner, on_base: Learner, materials: Materials) -> dict[str, float]:
     """Test a learner of all classes, and one of the base classes."""
-    _, new = _halves(materials.dataset)
+    _, new = halves(materials.dataset)
     generalisation = base_to_new(on_base, *materials.halves, new.class_names)
     detection = ood_detection(on_all, materials.test, materials.unknown)
     return {
@@ -152,6 +153,6 @@ def _measure(on_all: Learner, on_base: Learner, materials: Materials) -> dict[st
     }
 
 
-def _halves(dataset: Dataset) -> tuple[LabelledImages, LabelledImages]:
+def halves(dataset: Dataset) -> tuple[LabelledImages, LabelledImages]:
     """Test images of the base and of the new classes."""
     return select_classes(dataset.test, "base"), select_classes(dataset.test, "new")
