@@ -115,7 +115,9 @@ class Backbone(nn.Module):
         ids = torch.tensor(self.tokenizer.encode(words), dtype=torch.long)
         return at_least_float32(self._text.embed(ids)).clone()
 
-    def encode_prompts(self, context: Tensor, class_tokens: ClassTokens, after: Tensor | None = None) -> Tensor:
+    def encode_prompts(
+        self, context: Tensor, class_tokens: ClassTokens, after: Tensor | None = None, *, normalise: bool = True
+    ) -> Tensor:
         """Text features (G, C, D), L2-normalised, of every class behind every context.
 
         Gradients reach ``context`` through the frozen tower. In a causal tower the G prefixes are encoded once and
@@ -126,6 +128,7 @@ class Backbone(nn.Module):
             class_tokens: from ``tokenize``.
             after: context between name and suffix, in either shape with the same G, for prompts whose name stands in
                 the middle or in front; it is encoded once a class.
+            normalise: False leaves the features as long as the tower makes them, for methods that average them first.
 
         Raises:
             InputError: wrong shape, or a class name that does not fit behind the context.
@@ -136,7 +139,8 @@ class Backbone(nn.Module):
             if after.shape[-2] and not class_tokens.name_lengths:
                 raise InputError("class_tokens: expected name_lengths, which say where the context goes, got none")
             after = after.to(self.device)
-        return F.normalize(at_least_float32(self._text.encode(context.to(self.device), class_tokens, after)), dim=-1)
+        text = at_least_float32(self._text.encode(context.to(self.device), class_tokens, after))
+        return F.normalize(text, dim=-1) if normalise else text
 
     def _check_context(self, name: str, context: Tensor, class_tokens: ClassTokens) -> None:
         shape = tuple(context.shape)

@@ -27,8 +27,7 @@ class PLOT(Learner):
     the published code, with contexts shared by all classes.
 
     That code has a ResNet-50 whose patches went through attention pooling; here they are the value-path features of
-    ``Backbone.encode_images``. For ``pooled`` it averages the prompts of a class before they are normalised, here they
-    are averaged after that.
+    ``Backbone.encode_images``.
 
     Args:
         backbone: the frozen model.
@@ -38,7 +37,8 @@ class PLOT(Learner):
         eps: strength of the entropy term of the transport.
         iterations: of the transport, at most.
         tolerance: iteration stops when the rows' scaling changes by less on average over the batch; 0 never stops it.
-        pooled: add the logits of the pooled feature, as published for ImageNet.
+        pooled: add the logits of the pooled feature, as published for ImageNet: with the mean of a class's prompts,
+            taken before they are normalised.
     """
 
     method: ClassVar[str] = "plot"
@@ -71,15 +71,21 @@ class PLOT(Learner):
         self.contexts = nn.Parameter(starts)  # (N, M, W)
 
     def encode_text(self) -> Tensor:
-        """See ``Learner``; G = N."""
-        return self.backbone.encode_prompts(self.contexts, self.class_tokens)
+        """See ``Learner``; G = N + 1, the last for the pooled feature: the mean of the prompts before normalisation."""
+        text = self.backbone.encode_prompts(self.contexts, self.class_tokens, normalise=False)
+        return F.normalize(torch.cat([text, text.mean(dim=0, keepdim=True)]), dim=-1)
+
+    def mean_text(self, features: ImageFeatures) -> tuple[Tensor, Tensor]:
+        """See ``Learner``; both are the mean of the N normalised prompts."""
+        mean = self.text_features()[:-1].mean(dim=0)
+        return mean, mean
 
     def forward(self, features: ImageFeatures) -> Scores:
         """Scores of B images: scaled transport similarities."""
         features, text = features.to(self.backbone.device), self.text_features()
-        cosines = transport_similarity(self.local_features(features), text, self.transport)
+        cosines = transport_similarity(self.local_features(features), text[:-1], self.transport)
         if self.pooled:
-            cosines = cosines + features.pooled @ F.normalize(text.mean(dim=0), dim=-1).T
+            cosines = cosines + features.pooled @ text[-1].T
         return Scores(self.backbone.logit_scale * cosines)
 
 

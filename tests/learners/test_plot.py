@@ -37,10 +37,14 @@ def test_equals_its_equations(vit_backbone, images, pooled):
     features = backbone.encode_images(images)
     learner = moved(PLOT(backbone, NAMES, prompts=3, context=2, pooled=pooled))
     leaves = leaves_of(learner)
-    text = encode(learner, leaves["contexts"], ".")
-    logits = backbone.logit_scale * transported(local_features(learner, features), text)[1]
+    text = encode(learner, leaves["contexts"], ".", normalise=False)
+    unit = F.normalize(text, dim=-1)
+    logits = backbone.logit_scale * transported(local_features(learner, features), unit)[1]
     if pooled:
-        logits = logits + backbone.logit_scale * features.pooled @ F.normalize(text.mean(0), dim=-1).T
+        mean = F.normalize(text.mean(0), dim=-1)
+        assert (mean - F.normalize(unit.mean(0), dim=-1)).abs().max() > 1e-4, "the order makes no difference here"
+        logits = logits + backbone.logit_scale * features.pooled @ mean.T
+    torch.testing.assert_close(learner.mean_text(features)[0], unit.mean(0))
     scores = learner(features)
     loss = learner.loss(scores, LABELS)
     assert_equal_to_1e_5(scores, loss, learner, logits, F.cross_entropy(logits, LABELS), leaves)

@@ -34,8 +34,9 @@ def leaves_of(learner):
     return {name: value.detach().clone().requires_grad_() for name, value in learner.named_parameters()}
 
 
-def encode(learner, context, suffix):
-    return encode_padded(learner.backbone.model, context, ids(f"{name}{suffix}" for name in learner.class_names))
+def encode(learner, context, suffix, **how):
+    names = ids(f"{name}{suffix}" for name in learner.class_names)
+    return encode_padded(learner.backbone.model, context, names, **how)
 
 
 def published_plan(cosines):
