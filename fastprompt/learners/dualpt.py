@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -10,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprompt.backbone import Backbone, ImageFeatures
-from fastprompt.errors import InputError
-from fastprompt.learners.base import Learner, Scores
+from fastprompt.learners.base import Learner, Scores, check_weight
 from fastprompt.learners.descriptions import encode_descriptions, load_descriptions
 from fastprompt.learners.plot import initial_contexts
 from fastprompt.learners.recipe import Recipe
@@ -20,6 +20,8 @@ from fastprompt.learners.transport import Transport, transport_similarity
 
 if TYPE_CHECKING:
     from fastprompt.training import FeatureSource
+
+logger = logging.getLogger(__name__)
 
 
 class DuAlPT(Learner):
@@ -57,8 +59,7 @@ class DuAlPT(Learner):
         context: int | str = 16,
         weight: float = 1.0,
     ) -> None:
-        if not weight >= 0:
-            raise InputError(f"weight: expected a number of at least 0, got {weight}")
+        check_weight("weight", weight)
         starts = initial_contexts(backbone, context, prompts)
         options = {"descriptions": descriptions, "prompts": prompts, "context": context, "weight": weight}
         super().__init__(backbone, class_names, context_tokens=starts.shape[1], suffix=".", options=options)
@@ -67,7 +68,7 @@ class DuAlPT(Learner):
 
     def _set_classes(self, class_names: Sequence[str]) -> None:
         super()._set_classes(class_names)
-        self._described: Tensor | None = None
+        self._described_memo: tuple[tuple, Tensor] | None = None
 
     def encode_text(self) -> Tensor:
         """See ``Learner``; G = N."""
@@ -75,6 +76,8 @@ class DuAlPT(Learner):
 
     def prepare(self, source: FeatureSource) -> None:
         """Read the descriptions before the first step, so that an absent class is not found out later."""
+        if self.weight and self.descriptions is None:
+            logger.warning("dualpt was given no descriptions: it aligns with %r alone", DEFAULT_TEMPLATE)
         if self.weight:
             self.described()
 
@@ -84,10 +87,13 @@ class DuAlPT(Learner):
         Raises:
             InputError: the file is not there, holds something else, or has no entry for a class.
         """
-        if self._described is None and self.descriptions is not None:
+        if self.descriptions is None:
+            return self.hand_crafted(DEFAULT_TEMPLATE)
+        key = (self.backbone.device, self.backbone.dtype)
+        if self._described_memo is None or self._described_memo[0] != key:
             sentences = load_descriptions(self.descriptions, self.class_names)
-            self._described = encode_descriptions(self.backbone, sentences)
-        return self.hand_crafted(DEFAULT_TEMPLATE) if self._described is None else self._described
+            self._described_memo = key, encode_descriptions(self.backbone, sentences)
+        return self._described_memo[1]
 
     def forward(self, features: ImageFeatures) -> Scores:
         """Scores of B images; part "text" (C, D) is the mean prompt of every class."""

@@ -74,21 +74,34 @@ def test_without_weight_it_is_coop_and_plot(vit_backbone, images):
     torch.testing.assert_close(learner.loss(scores, LABELS), F.cross_entropy(expected, LABELS), rtol=0, atol=1e-9)
 
 
-def test_without_a_file_a_class_is_described_by_its_name(vit_backbone):
+def test_without_a_file_a_class_is_described_by_its_name(vit_backbone, caplog):
     expected = vit_backbone.model.encode_text(ids(f"a photo of a {name}." for name in NAMES), normalize=True)
-    torch.testing.assert_close(DuAlPT(vit_backbone, NAMES).described(), expected, rtol=0, atol=1e-9)
+    learner = DuAlPT(vit_backbone, NAMES)
+    torch.testing.assert_close(learner.described(), expected, rtol=0, atol=1e-9)
+    DuAlPT(vit_backbone, NAMES, weight=0.0).prepare(None)
+    assert not caplog.records
+    learner.prepare(None)
+    assert "dualpt was given no descriptions: it aligns with 'a photo of a {}.' alone" in caplog.text
 
 
 def test_descriptions_are_encoded_once_and_for_the_classes_asked_for(vit_backbone, file):
     learner = DuAlPT(vit_backbone, NAMES, descriptions=file)
     torch.testing.assert_close(learner.described(), described(vit_backbone.model), rtol=0, atol=1e-9)
-    assert learner.described() is learner.described()
+    before = learner.described()
+    assert learner.described() is before
     other = learner.with_class_names(["polar bear", "red fox"])
     torch.testing.assert_close(other.described(), learner.described()[[1, 0]], rtol=0, atol=1e-9)
     # Without a description nothing can be aligned, but everything can be predicted.
     unknown = learner.with_class_names(["cow"])
     with pytest.raises(InputError, match=r"words.json: has no entry for class 'cow'$"):
         unknown.prepare(None)
+
+
+def test_descriptions_follow_the_backbone_to_another_precision(vit_backbone, file):
+    learner = DuAlPT(float32_backbone(vit_backbone), NAMES, descriptions=file)
+    assert learner.described().dtype == torch.float32
+    learner.backbone.double()
+    assert learner.described().dtype == torch.float64
 
 
 def test_encoded_in_inference_mode_they_serve_training(vit_backbone, images, file):
@@ -125,5 +138,5 @@ def test_a_sentence_that_is_too_long_is_named(vit_backbone):
 
 
 def test_wrong_weight(vit_backbone):
-    with pytest.raises(InputError, match="weight: expected a number of at least 0, got -1"):
+    with pytest.raises(InputError, match="weight: expected a finite number of at least 0, got -1"):
         DuAlPT(vit_backbone, NAMES, weight=-1.0)
