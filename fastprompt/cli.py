@@ -133,7 +133,18 @@ def _train(arguments: Sequence[str]) -> type[Train]:
     return made
 
 
-def run(command: Train | EvaluateConfig | PredictConfig | ExplainConfig | Recipes | Doctor | Demo) -> None:
+def run(
+    command: Train
+    | EvaluateConfig
+    | PredictConfig
+    | ExplainConfig
+    | Recipes
+    | ImportConfig
+    | ExportConfig
+    | WordsConfig
+    | Doctor
+    | Demo,
+) -> None:
     """Carry out one command and print what came of it."""
     # Imports stand here so that --help and usage errors do not wait for torch and open_clip.
     match command:
@@ -157,7 +168,7 @@ def run(command: Train | EvaluateConfig | PredictConfig | ExplainConfig | Recipe
             from fastprompt.experiment.use import explain_image
 
             path, name = explain_image(command)
-            print(f"patches selected for {name!r}: {path}")
+            print(f"patches that speak for {name!r}: {path}")
         case Recipes(action):
             print(_recipes(action))
         case ImportConfig():

@@ -193,10 +193,14 @@ class PredictConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExplainConfig:
-    """Draw the patches that each local prompt of a GalLoP run selected for a class, over the image."""
+    """Draw the patches that speak for a class over the image.
+
+    Of gallop those that each local prompt kept, of sot-glp those that take part in the transport, and of the other
+    methods those more similar to the class's text than the image's mean patch.
+    """
 
     run: Positional[Path]
-    """Run folder of a GalLoP training."""
+    """Run folder that train wrote."""
     image: Positional[Path]
     """Image file."""
     class_name: str | None = None

@@ -16,7 +16,7 @@ from fastprompt.evaluation import Row, evaluate_accuracy, ood_detection
 from fastprompt.experiment.config import EvaluateConfig, ExplainConfig, PredictConfig
 from fastprompt.experiment.sources import feature_source, image_transform, split_of, unlabelled
 from fastprompt.experiment.train import COLUMNS, PERCENT
-from fastprompt.learners import GalLoP, Learner, ZeroShot
+from fastprompt.learners import Learner, ZeroShot
 from fastprompt.learners.stored import rebuild
 from fastprompt.report import Column, Table, draw_selected_patches
 from fastprompt.training import RunFolder
@@ -110,18 +110,17 @@ def predict_images(config: PredictConfig) -> Iterator[tuple[Path, list[tuple[str
 
 
 def explain_image(config: ExplainConfig) -> tuple[Path, str]:
-    """Draw which patches were selected for a class; returns the PNG file and the class."""
+    """Draw which patches speak for a class; returns the PNG file and the class."""
     if config.out is not None and config.out.suffix.lower() != ".png":
         raise InputError(f"out: expected a .png file, got {config.out}")
     learner = load_run(config.run, device=config.device)
-    if not isinstance(learner, GalLoP):
-        raise InputError(f"explain needs a run of gallop, and {config.run} is one of {learner.method}")
     features = _features(learner, config.image)
     index = _class_index(learner, config.class_name, features)
     name = learner.class_names[index]
-    selected = learner.selected_patches(features, torch.tensor([index]))[0].cpu()
+    maps = learner.explain(features, torch.tensor([index]))
     seen = image_transform(learner.backbone).visible(load_image(config.image))
-    figure = draw_selected_patches(seen, selected, learner.backbone.patch_grid, [f"k = {k}" for k in learner.k], name)
+    weights = torch.cat(list(maps.values())).cpu()  # (N, P)
+    figure = draw_selected_patches(seen, weights, learner.backbone.patch_grid, list(maps), name)
     file = re.sub(r"\W", "_", f"{config.image.stem}-{name}") + ".png"
     out = config.out or config.run / "explained" / file
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -179,6 +179,23 @@ class Learner(HubLearner, nn.Module, ABC):
             score = score - _largest_patch_probability(self.local_features(features), of_patches)
         return score
 
+    @torch.no_grad()
+    def explain(self, features: ImageFeatures, class_index: Tensor) -> dict[str, Tensor]:
+        """Which patches speak for a class, one class an image: maps (B, P) of weights of at least 0, by their titles.
+
+        By default one map: by how much the cosine of a patch with the class's text exceeds that of the image's mean.
+        That is what ``ood_score`` reads of the patches; methods whose logits do not read them predict without it.
+
+        Args:
+            features: of B images.
+            class_index: (B,).
+        """
+        features = features.to(self.backbone.device)
+        text = self.mean_text(features)[1].expand(len(features), -1, -1)  # (B, C, D)
+        of_class = text[torch.arange(len(text)), class_index.to(text.device)]  # (B, D)
+        cosines = (self.local_features(features) @ of_class[:, :, None]).squeeze(-1)
+        return {"more similar than most": (cosines - cosines.mean(dim=1, keepdim=True)).clamp(min=0)}
+
     def with_class_names(self, class_names: Sequence[str]) -> Learner:
         """The same learned tensors, shared and not copied, for other classes.
 

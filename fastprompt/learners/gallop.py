@@ -139,6 +139,12 @@ class GalLoP(Learner):
         ]
         return torch.stack(per_image)
 
+    def explain(self, features: ImageFeatures, class_index: Tensor) -> dict[str, Tensor]:
+        """See ``Learner``: for each local prompt the patches that it kept."""
+        selected = self.selected_patches(features, class_index).unbind(dim=1)
+        titles = (f"prompt {number}: k = {k}" for number, k in enumerate(self.k, start=1))
+        return dict(zip(titles, selected, strict=True))
+
 
 def _check(global_prompts: int, k: Sequence[int], dropout: float) -> None:
     if global_prompts < 1:

@@ -106,7 +106,7 @@ class SOTGLP(GalLoP):
 
     @torch.no_grad()
     def selected_patches(self, features: ImageFeatures, class_index: Tensor) -> Tensor:
-        """Which patches take part in the transport, (B, n, P) bool: the same for all prompts.
+        """Which patches take part in the transport, (B, 1, P) bool: the same for all prompts.
 
         Args:
             features: of B images.
@@ -117,4 +117,8 @@ class SOTGLP(GalLoP):
             selected_patches(image[None], mean[:, index : index + 1], self.transport.keep)[0, :, 0]
             for image, index in zip(self.local_features(features), class_index.tolist(), strict=True)
         ]
-        return torch.stack(per_image).expand(-1, len(self.k), -1)
+        return torch.stack(per_image)
+
+    def explain(self, features: ImageFeatures, class_index: Tensor) -> dict[str, Tensor]:
+        """See ``Learner``: the patches that take part in the transport."""
+        return {f"k = {self.transport.keep}": self.selected_patches(features, class_index)[:, 0]}

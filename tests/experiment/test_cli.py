@@ -152,10 +152,11 @@ def test_a_run_is_used_from_another_folder(trained, photos, capsys, tmp_path, mo
     assert main(["evaluate", "../run"]) == 0
 
 
-def test_explain_needs_gallop(photos, common, capsys):
+def test_explain_draws_one_map_for_a_method_without_local_prompts(photos, common, tmp_path):
     assert main(["train", "coop", str(photos), *common, "--out", "run"]) == 0
-    assert main(["explain", "run", str(photos / "test" / "green" / "0.png")]) == 2
-    assert "explain needs a run of gallop, and run is one of coop" in capsys.readouterr().err
+    assert main(["explain", "run", str(photos / "test" / "green" / "0.png"), "--out", "map.png"]) == 0
+    with Image.open(tmp_path / "map.png") as picture:
+        assert 1.5 * picture.height < picture.width < 2 * picture.height, "two panels side by side"
 
 
 def split_file(photos, entries):

@@ -129,6 +129,29 @@ def test_selected_patches_are_the_k_most_similar(gallop, features):
         for prompt, k in enumerate(K):
             best = (local[image] @ text[prompt, index]).topk(k).indices
             assert set(chosen[image, prompt].nonzero().flatten().tolist()) == set(best.tolist())
+    maps = gallop.explain(features, torch.tensor([0, 3, 2]))
+    assert list(maps) == ["prompt 1: k = 1", "prompt 2: k = 3", "prompt 3: k = 7"]
+    assert torch.equal(torch.stack(list(maps.values()), dim=1), chosen)
+
+
+def test_explain_says_by_how_much_a_patch_exceeds_the_mean(vit_backbone, features):
+    classes = torch.tensor([0, 3, 2])
+    for learner in (CoOp(vit_backbone, NAMES), make_learner("copl", vit_backbone, NAMES)):
+        (found,) = learner.explain(features, classes).values()
+        with torch.no_grad():
+            for image, index in enumerate(classes):
+                text = learner.mean_text(features)[1]
+                of_class = text[index] if text.dim() == 2 else text[image, index]
+                cosines = F.normalize(vit_backbone.project_patches(features.patches[image]), dim=-1) @ of_class
+                torch.testing.assert_close(found[image], (cosines - cosines.mean()).relu(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_explains(vit_backbone, features, method):
+    for found in make_learner(method, vit_backbone, NAMES).explain(features, LABELS).values():
+        assert found.shape == features.patches.shape[:2]
+        assert (found >= 0).all()
+        assert found.any(dim=1).all()
 
 
 @pytest.mark.parametrize("template", ["a photo of a {}, a type of pet.", "{} texture.", "a centered photo of {}."])
