@@ -18,6 +18,7 @@ from fastprompt.exchange.config import ExportConfig
 from fastprompt.experiment.use import load_run
 from fastprompt.learners import Learner
 from fastprompt.learners.conditional import ImageConditional
+from fastprompt.learners.transport import Transport
 
 logger = logging.getLogger(__name__)
 POOLED = "logits = logit_scale * normalise(pooled image feature) @ head.T"
@@ -46,7 +47,8 @@ def export_run(config: ExportConfig) -> Path:
 def linear_head(learner: Learner) -> tuple[Tensor, bool]:
     """The matrix (C, D) that classifies pooled features, and whether it is the whole of the learner's prediction.
 
-    It is not where patches count too (GalLoP): then it holds the part for the pooled feature.
+    It is not where patches count (GalLoP, PLOT): then it holds the mean of the prompts that the pooled feature is
+    compared with, in MCM at least, and predicts otherwise than the learner.
 
     Raises:
         InputError: a learner whose text depends on the image, and has no such matrix.
@@ -64,7 +66,9 @@ def write_head(learner: Learner, file: Path) -> None:
     """Write ``linear_head`` as safetensors: tensor "head", and all that is needed to use it as metadata."""
     head, whole = linear_head(learner)
     if not whole:
-        logger.warning("%s scores patches too; the head is its part for the pooled feature alone", learner.method)
+        logger.warning(
+            "%s scores patches, which the head leaves out: it predicts otherwise than the run", learner.method
+        )
     described = {name: json.dumps(value) for name, value in _described(learner).items()}
     described |= {"formula": POOLED, "whole_prediction": json.dumps(whole)}
     save_file({"head": head.float().cpu().contiguous()}, file, described)
@@ -74,9 +78,14 @@ def write_onnx(learner: Learner, file: Path) -> None:
     """Write image tower and learner as ONNX: "images" (B, 3, S, S), preprocessed, to "logits" (B, C).
 
     Raises:
-        InputError: a learner whose text depends on the image, or the packages of the extra "onnx" are not installed.
+        InputError: a learner whose text depends on the image or whose transport on the batch, or the packages of the
+            extra "onnx" are not installed.
     """
     _check(learner)
+    if any(isinstance(value, Transport) for value in vars(learner).values()):
+        raise InputError(
+            f"{learner.method} stops its transport by a look at the whole batch, which ONNX cannot express"
+        )
     try:
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:

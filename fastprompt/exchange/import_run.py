@@ -13,6 +13,7 @@ from fastprompt.exchange.config import ImportConfig
 from fastprompt.exchange.words import token_embeddings
 from fastprompt.learners import Learner, make_learner
 from fastprompt.learners.stored import restore_learned
+from fastprompt.learners.templates import DEFAULT_TEMPLATE
 from fastprompt.training import RunFolder
 
 # CoOp's family stores half precision. Start-of-text embeddings of different CLIPs differ in the first digit.
@@ -49,7 +50,7 @@ def import_run(config: ImportConfig, *, backbone: Backbone | None = None) -> Run
         "split_file": None if config.split_file is None else config.split_file.resolve(),
         "keep_underscores": keep,
         "classes": config.classes,
-        "zero_shot_template": "a photo of a {}.",
+        "zero_shot_template": DEFAULT_TEMPLATE,
     }
     run = RunFolder.create_or_resume(config.out, described)
     weights_dir = None if config.weights_dir is None else str(config.weights_dir.resolve())

@@ -36,7 +36,9 @@ class CoOp(Learner):
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "default": Recipe(source="CoOp's code, vit_b16_ctxv1 (base-to-new)", epochs=EPOCHS),
         "imagenet": Recipe(source="CoOp's code, vit_b16_ctxv1 (base-to-new)", epochs=50),
-        "few-shot": Recipe(source="CoOp's code, COOP.md", epochs=EPOCHS, options={"context": 16}),
+        "few-shot": Recipe(
+            source="CoOp's code, COOP.md (50 epochs on ImageNet)", epochs=EPOCHS, options={"context": 16}
+        ),
     }
 
     def __init__(

@@ -8,13 +8,14 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from fastprompt_kernels.topk_similarity import op
 from safetensors import safe_open
 
 from fastprompt import CoOp, GalLoP, InputError, ZeroShot, load_backbone
 from fastprompt.cli import main
 from fastprompt.exchange.export import linear_head, write_onnx
 from fastprompt.exchange.words import WARNING, nearest_words
-from fastprompt.learners import CoCoOp, Learner
+from fastprompt.learners import PLOT, SOTGLP, CoCoOp, DuAlPT, Learner
 from tests.models import make_backbone, make_clip
 
 NAMES = ("red fox", "polar bear", "cat")
@@ -95,10 +96,11 @@ def test_a_head_of_gallop_is_its_part_for_the_pooled_feature(backbone, images):
 
 
 @pytest.mark.parametrize("method", [ZeroShot, CoOp, GalLoP])
-def test_onnx_gives_the_same_logits(method, backbone, images, tmp_path):
+def test_onnx_gives_the_same_logits(method, backbone, images, tmp_path, monkeypatch):
     pytest.importorskip("onnxscript", reason="onnx and onnxscript are not installed")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     learner = moved(method(backbone, NAMES)).eval()
+    monkeypatch.setattr(op, "SMALL", 2 * 16 * 4 * 3 + 1)  # between batches of two and of three images
     write_onnx(learner, tmp_path / "classifier.onnx")
     session = runtime.InferenceSession(tmp_path / "classifier.onnx", providers=["CPUExecutionProvider"])
     with torch.no_grad():
@@ -109,6 +111,12 @@ def test_onnx_gives_the_same_logits(method, backbone, images, tmp_path):
     described = session.get_modelmeta().custom_metadata_map
     assert json.loads(described["class_names"]) == list(NAMES)
     assert json.loads(described["preprocessing"])["size"] == 32
+
+
+@pytest.mark.parametrize("method", [PLOT, DuAlPT, SOTGLP])
+def test_a_transport_is_refused_in_one_sentence(method, backbone, tmp_path):
+    with pytest.raises(InputError, match=f"{method.method} stops its transport by a look at the whole batch"):
+        write_onnx(method(backbone, NAMES), tmp_path / "classifier.onnx")
 
 
 def test_onnx_is_needed_for_onnx_alone(backbone, monkeypatch, tmp_path):

@@ -43,7 +43,8 @@ def _forward(patches: Tensor, prompts: Tensor, k: list[int], keep: bool, impl: s
 @_forward.register_fake
 def _(patches: Tensor, prompts: Tensor, k: list[int], keep: bool, impl: str) -> tuple[Tensor, Tensor]:
     (B, P, _), (N, C, _) = patches.shape, prompts.shape
-    size, kind = _implementation(impl, patches, k, B * P * N * C).saved_size(B, P, C, _nested(k, N))
+    # Dense and blocked save the same. A choice by size would hold a batch of any size to one side of it in an export.
+    size, kind = _implementation(impl, patches, k, cells=0).saved_size(B, P, C, _nested(k, N))
     dtype = torch.promote_types(patches.dtype, torch.float32)
     return patches.new_empty(B, N, C, dtype=dtype), patches.new_empty(size if keep else 0, dtype=kind)
 
