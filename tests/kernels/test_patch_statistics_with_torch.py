@@ -37,8 +37,8 @@ def test_opcheck(impl, dtype):
     arguments = (patches, prompts, 0.5, labels, True, impl)
     torch.library.opcheck(torch.ops.fastprompt.patch_statistics.default, arguments)
     torch.library.opcheck(torch.ops.fastprompt.patch_statistics.default, (patches, prompts, 0.5, None, False, impl))
-    _, *saved, _, largest = torch.ops.fastprompt.patch_statistics(*arguments)
-    arguments = (grads, patches, prompts, *saved, largest, 0.5, [True, False], impl)
+    _, logsumexp, entropy, _, largest, kept = torch.ops.fastprompt.patch_statistics(*arguments)
+    arguments = (grads, patches, prompts, logsumexp, entropy, largest, kept, 0.5, [True, False], impl)
     torch.library.opcheck(torch.ops.fastprompt.patch_statistics_grad.default, arguments)
 
 

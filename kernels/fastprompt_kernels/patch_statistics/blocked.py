@@ -1,8 +1,8 @@
 """patch_statistics in plain torch with bounded memory and its own backward, for any device.
 
-The logits are made one tile (some images, some classes) at a time, forward and backward. The statistics are carried
-from one tile of classes to the next: the largest logit so far, the sum of the exponentials of the differences to it,
-and the sum of these times the differences.
+The logits are made one tile (some images, some classes) at a time, in memory that is taken once. The statistics of
+the tiles of classes are merged: the largest logit, the sum of the exponentials of the differences to it, and the sum of
+these times the differences. Torch's own threads share every operation: most of the time goes to the matrix products.
 """
 
 from collections.abc import Sequence
@@ -10,15 +10,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# The largest tile of logits. With whatever is made of it, it fits the second-level cache of server processors.
+# Bytes of the largest tile of logits, forward and backward, where the products sum over more rows at once. Half of it and
+# double of it are slower forward: more calls, or more than the second-level cache holds.
 TILE_BYTES = 2 * 2**20
+GRAD_TILE_BYTES = 8 * 2**20
+# Bytes of the logits of all images up to which they are kept for the backward pass, which saves a product in four.
+KEPT_BYTES = 2**24
 # Stands for a difference of minus infinity, whose product with its exponential, 0, would not be a number.
 LOWEST = -1e30
+
+# Largest logit, sum of exponentials, weighted sum, class of the largest logit (None where it is not asked for)
+Sums = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+def kept_shape(B: int, P: int, C: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Shape of the logits that are kept for the backward pass: all of them, or none where they are too many."""
+    return (B, P, C) if B * P * C * dtype.itemsize <= KEPT_BYTES else (0,)
 
 
 def forward(
     patches: Tensor, prompts: Tensor, scale: float, labels: Tensor | None, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The statistics.
 
     Args:
@@ -30,42 +42,48 @@ def forward(
 
     Returns:
         maximum, logsumexp and entropy (B, P) in float32 (float64 for float64 inputs); rank (B, P) int64, (0,) without
-        labels; largest (B, P) int32, the class of the maximum, (0,) without keep.
+        labels; largest (B, P) int32, the class of the maximum, (0,) without keep; the logits as `kept_shape` says, (0,)
+        without keep.
     """
-    (B, P, _), dtype = patches.shape, torch.promote_types(patches.dtype, torch.float32)
-    results = [torch.empty(B, P, dtype=dtype, device=patches.device) for _ in range(3)]
-    results.append(torch.empty((B, P) if labels is not None else 0, dtype=torch.int64, device=patches.device))
-    results.append(torch.empty((B, P) if keep else 0, dtype=torch.int32, device=patches.device))
+    (B, P, _), C, dtype = patches.shape, len(prompts), torch.promote_types(patches.dtype, torch.float32)
+    kept = patches.new_empty(kept_shape(B, P, C, dtype) if keep else 0, dtype=dtype)
     prompts = prompts.to(dtype)
-    for images, tiles in _tiles(patches, prompts):
+    chunks, tiles = _tiles(patches, prompts, TILE_BYTES)
+    # Logits that are not needed any more make room for the differences.
+    memory = _memory(prompts, chunks[0], P, tiles[0], 2 if labels is None and not keep else 3)
+    found = []
+    for images in chunks:
         own_labels = None if labels is None else labels[images]
-        parts = _of_images(patches[images].to(dtype), prompts, tiles, scale, own_labels, keep)
-        for result, part in zip(results, parts, strict=True):
-            if part is not None:
-                result[images] = part
-    return tuple(results)
+        own_kept = kept[images] if kept.ndim == 3 else None
+        found.append(_of_images(patches[images].to(dtype), prompts, tiles, scale, own_labels, keep, own_kept, memory))
+    *statistics, rank, largest = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+    return *statistics, rank, largest, kept
 
 
 def _of_images(
-    rows: Tensor, prompts: Tensor, tiles: Sequence[slice], scale: float, labels: Tensor | None, keep: bool
-) -> tuple[Tensor | None, ...]:
-    """What `forward` returns, for as many images as a tile holds; None for what is not asked for."""
-    state, rank = _start(rows), None
-    own = rows.new_full(rows.shape[:2], -torch.inf)
+    rows: Tensor, prompts: Tensor, tiles: Sequence[slice], scale: float, labels: Tensor | None, keep: bool,
+    kept: Tensor | None, memory: Sequence[Tensor],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """What `forward` returns, but for the logits, which are written into kept (images, P, C) where that is given."""
+    sums, own, rank, largest = None, None, rows.new_empty(0, dtype=torch.int64), rows.new_empty(0, dtype=torch.int32)
     for classes in tiles:
-        logits = _logits(rows, prompts[classes], scale)
-        state = _extend(state, logits, classes.start, keep)
+        logits = _logits(rows, prompts[classes], scale, memory[0] if kept is None else kept[..., classes])
+        of_tile = _sums(logits, classes.start, keep, memory[-2:])
+        sums = of_tile if sums is None else _merged(sums, of_tile)
         if labels is not None:
-            place, inside = _within(labels[:, None].expand(own.shape), classes)
-            own = torch.where(inside, logits.gather(-1, place[..., None]).squeeze(-1), own)
+            place, inside = _within(labels[:, None].expand(rows.shape[:2]), classes)
+            found = logits.gather(-1, place[..., None]).squeeze(-1)
+            own = found if own is None else torch.where(inside, found, own)
     if labels is not None:
         rank = _before(logits, own, labels, tiles[-1])  # the last tile is still at hand
         for classes in tiles[:-1]:
-            rank += _before(_logits(rows, prompts[classes], scale), own, labels, classes)
-    peak, total, weighted, first = state
+            logits = _logits(rows, prompts[classes], scale, memory[0]) if kept is None else kept[..., classes]
+            rank += _before(logits, own, labels, classes)
+    peak, total, weighted, first = sums
+    if keep:
+        largest = first.int()
     logarithm = total.log()
-    maximum = torch.where(total > 0, peak, logarithm)
-    return maximum, peak + logarithm, logarithm - weighted / total, rank, first if keep else None
+    return peak, peak + logarithm, logarithm - weighted / total, rank, largest
 
 
 def backward(
@@ -75,6 +93,7 @@ def backward(
     logsumexp: Tensor,
     entropy: Tensor,
     largest: Tensor,
+    kept: Tensor,
     scale: float,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
@@ -89,91 +108,113 @@ def backward(
         logsumexp: (B, P), from the forward pass, as are entropy and largest.
         entropy: (B, P).
         largest: (B, P) int32.
+        kept: the logits (B, P, C), or (0,) if they are to be made again.
         scale: of the logits.
         wanted: whether the gradient of the patches and that of the prompts is wanted.
 
     Returns:
         (B, P, D) and (C, D) in the inputs' dtype; (0,) for a gradient that is not wanted.
     """
-    dtype = logsumexp.dtype
-    of_patches = torch.empty(patches.shape if wanted[0] else 0, dtype=dtype, device=patches.device)
-    of_prompts = torch.zeros(prompts.shape if wanted[1] else 0, dtype=dtype, device=patches.device)
+    dtype, P = logsumexp.dtype, patches.shape[1]
+    of_patches = patches.new_empty(patches.shape if wanted[0] else 0, dtype=dtype)
+    of_prompts = prompts.new_zeros(prompts.shape if wanted[1] else 0, dtype=dtype)
     texts = prompts.to(dtype)
-    for images, tiles in _tiles(patches, texts):
-        rows = patches[images].to(dtype)
-        scaled = [scale * grad[images] for grad in grads]
+    chunks, tiles = _tiles(patches, texts, GRAD_TILE_BYTES)
+    memory = _memory(texts, chunks[0], P, tiles[0], 2)
+    for images in chunks:
+        rows, statistics = patches[images].to(dtype), (logsumexp[images], entropy[images], largest[images])
+        own_grads = [grad[images] for grad in grads]
         for classes in tiles:
-            logits = _logits(rows, texts[classes], scale)
-            weights = _logit_grad(logits, scaled, logsumexp[images], entropy[images])
-            place, inside = _within(largest[images], classes)
-            weights.scatter_add_(-1, place[..., None], (scaled[0] * inside)[..., None])
+            own, first = texts[classes], classes.start == 0
+            logits = kept[images, :, classes] if kept.ndim == 3 else _logits(rows, own, scale, memory[0])
+            weights = _logit_grad(logits, own_grads, statistics, classes, memory)
             if wanted[0]:
-                matrix, kept = texts[classes].expand(len(rows), -1, -1), int(classes.start > 0)
-                torch.baddbmm(of_patches[images], weights, matrix, beta=kept, out=of_patches[images])
+                matrix, target = own.expand(len(rows), -1, -1), of_patches[images]
+                torch.baddbmm(target, weights, matrix, beta=0 if first else 1, alpha=scale, out=target)
             if wanted[1]:
-                of_prompts[classes].addmm_(weights.flatten(0, 1).mT, rows.flatten(0, 1))
+                of_prompts[classes].addmm_(weights.flatten(0, 1).mT, rows.flatten(0, 1), alpha=scale)
     return of_patches.to(patches.dtype), of_prompts.to(prompts.dtype)
 
 
-def _tiles(patches: Tensor, prompts: Tensor) -> list[tuple[slice, list[slice]]]:
-    """Cut images x classes so that a tile of whole images stays within TILE_BYTES (one class at least).
+def _tiles(patches: Tensor, prompts: Tensor, largest: int) -> tuple[list[slice], list[slice]]:
+    """Cut images and classes so that a tile of whole images stays within so many bytes (one class at least).
 
     The classes are cut in the same places whatever the number of images, so that the result for an image does not
     depend on the others.
     """
     (B, P, _), C = patches.shape, len(prompts)
-    cells = max(1, TILE_BYTES // (P * prompts.itemsize))
+    cells = max(1, largest // (P * prompts.itemsize))
     classes = min(cells, C)
-    images = cells // classes
-    per_image = [slice(c, min(c + classes, C)) for c in range(0, C, classes)]
-    return [(slice(b, b + images), per_image) for b in range(0, B, images)]
+    images = min(cells // classes, max(1, B))
+    chunks = [slice(b, min(b + images, B)) for b in range(0, max(1, B), images)]
+    return chunks, [slice(c, min(c + classes, C)) for c in range(0, C, classes)]
 
 
-def _product(rows: Tensor, matrix: Tensor) -> Tensor:
-    """Rows (images, P, X) times one matrix (X, Y), image by image.
+def _memory(like: Tensor, images: slice, P: int, classes: slice, count: int) -> list[Tensor]:
+    """Room for some tiles of logits, none of which is larger than the first."""
+    size = images.stop - images.start, P, classes.stop - classes.start
+    return [like.new_empty(size) for _ in range(count)]
 
-    Not matmul, which would make one product of all rows, rounded differently for another number of images.
+
+def _part(memory: Tensor, like: Tensor) -> Tensor:
+    """As much of it as a smaller tile needs."""
+    return memory[: len(like), :, : like.shape[-1]]
+
+
+def _logits(rows: Tensor, prompts: Tensor, scale: float, memory: Tensor) -> Tensor:
+    """(images, P, classes), in the first part of the memory.
+
+    Image by image: matmul would make one product of all rows, rounded differently for another number of images.
+    The scale comes last: in the product it would set equal sums of different terms apart.
     """
-    return torch.bmm(rows, matrix.expand(len(rows), -1, -1))
+    logits = memory[: len(rows), :, : len(prompts)]
+    torch.bmm(rows, prompts.mT.expand(len(rows), -1, -1), out=logits)
+    return logits if scale == 1 else logits.mul_(scale)
 
 
-def _logits(rows: Tensor, prompts: Tensor, scale: float) -> Tensor:
-    """(images, P, classes)."""
-    return _product(rows, prompts.mT).mul_(scale)
-
-
-def _start(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What is carried from tile to tile, (images, P) each, before the first tile."""
-    zeros = rows.new_zeros(rows.shape[:2])
-    # Not minus infinity, to which a difference may be no number.
-    return zeros + torch.finfo(rows.dtype).min, zeros, zeros, zeros.long()
-
-
-def _extend(
-    state: tuple[Tensor, Tensor, Tensor, Tensor], logits: Tensor, start: int, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The state after a tile of logits whose first class is `start`."""
-    peak, total, weighted, first = state
+def _sums(logits: Tensor, start: int, keep: bool, memory: Sequence[Tensor]) -> Sums:
+    """What there is to know of a tile of logits whose first class is `start`; they may lie in the first memory."""
+    difference, terms = (_part(room, logits) for room in memory)
     if keep:
-        highest, here = logits.max(-1)  # the first of several equal ones
-        first = torch.where(highest > peak, start + here, first)
+        peak, first = logits.max(-1)  # the first of several equal ones
+        first += start
     else:
-        highest = logits.amax(-1)  # three times as fast
-    highest = torch.maximum(peak, highest)
-    shift = (peak - highest).clamp_min_(LOWEST)
-    kept = shift.exp()
-    difference = (logits - highest[..., None]).clamp_min_(LOWEST)
-    terms = difference.exp()
-    weighted = kept * (weighted + total * shift) + difference.mul_(terms).sum(-1)
-    return highest, kept * total + terms.sum(-1), weighted, first
+        peak, first = logits.amax(-1), None  # three times as fast
+    torch.sub(logits, _finite(peak)[..., None], out=difference).clamp_min_(LOWEST)
+    total = torch.exp(difference, out=terms).sum(-1)
+    return peak, total, terms.mul_(difference).sum(-1), first
 
 
-def _logit_grad(logits: Tensor, grads: Sequence[Tensor], logsumexp: Tensor, entropy: Tensor) -> Tensor:
-    """The gradient of a tile of logits, which are overwritten, but for the one of the maximum."""
-    _, of_logsumexp, of_entropy = (grad[..., None] for grad in grads)
-    logits.sub_(logsumexp[..., None])
-    probability = logits.exp()
-    return probability.mul_(logits.add_(entropy[..., None]).mul_(-of_entropy).add_(of_logsumexp))
+def _merged(left: Sums, right: Sums) -> Sums:
+    """The sums over the classes of both."""
+    peak = torch.maximum(left[0], right[0])
+    total, weighted = 0, 0
+    for own, own_total, own_weighted, _ in (left, right):
+        shift = (own - _finite(peak)).clamp_min_(LOWEST)
+        factor = shift.exp()
+        total = total + factor * own_total
+        weighted = weighted + factor * (own_weighted + own_total * shift)
+    first = None if left[3] is None else torch.where(right[0] > left[0], right[3], left[3])
+    return peak, total, weighted, first
+
+
+def _finite(peak: Tensor) -> Tensor:
+    """Not minus infinity, to which a difference may be no number."""
+    return peak.clamp_min(torch.finfo(peak.dtype).min)
+
+
+def _logit_grad(
+    logits: Tensor, grads: Sequence[Tensor], statistics: Sequence[Tensor], classes: slice, memory: Sequence[Tensor]
+) -> Tensor:
+    """The gradient of a tile of logits, which may lie in the first memory."""
+    of_maximum, of_logsumexp, of_entropy = grads
+    logsumexp, entropy, largest = statistics
+    logarithm, weights = (_part(room, logits) for room in memory)
+    torch.sub(logits, logsumexp[..., None], out=logarithm)
+    torch.exp(logarithm, out=weights)
+    weights.mul_(logarithm.add_(entropy[..., None]).mul_(-of_entropy[..., None]).add_(of_logsumexp[..., None]))
+    place, inside = _within(largest, classes)
+    return weights.scatter_add_(-1, place[..., None], (of_maximum * inside)[..., None])
 
 
 def _within(index: Tensor, classes: slice) -> tuple[Tensor, Tensor]:

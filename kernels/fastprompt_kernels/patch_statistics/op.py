@@ -25,41 +25,44 @@ def patch_statistics(
         # What only the backward pass needs is not written where there will be none.
         keep = torch.is_grad_enabled() and (patches.requires_grad or prompts.requires_grad)
         run = _PatchStatistics.apply if keep else _forward
-        *statistics, rank, _ = run(patches, prompts, scale, labels, keep, impl)
+        *statistics, rank, _, _ = run(patches, prompts, scale, labels, keep, impl)
         return *statistics, None if labels is None else rank
 
 
 @torch.library.custom_op("fastprompt::patch_statistics", mutates_args=())
 def _forward(
     patches: Tensor, prompts: Tensor, scale: float, labels: Tensor | None, keep: bool, impl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _implementation(impl, patches).forward(patches, prompts, scale, labels, keep)
 
 
 @_forward.register_fake
 def _(
     patches: Tensor, prompts: Tensor, scale: float, labels: Tensor | None, keep: bool, impl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape, dtype = patches.shape[:2], torch.promote_types(patches.dtype, torch.float32)
     statistics = [patches.new_empty(shape, dtype=dtype) for _ in range(3)]
     rank = patches.new_empty(0 if labels is None else shape, dtype=torch.int64)
-    return *statistics, rank, patches.new_empty(shape if keep else 0, dtype=torch.int32)
+    largest = patches.new_empty(shape if keep else 0, dtype=torch.int32)
+    keeps = keep and _implementation(impl, patches) is blocked
+    kept = blocked.kept_shape(*shape, len(prompts), dtype) if keeps else 0
+    return *statistics, rank, largest, patches.new_empty(kept, dtype=dtype)
 
 
 @torch.library.custom_op("fastprompt::patch_statistics_grad", mutates_args=())
 def _grad(
     grads: list[Tensor], patches: Tensor, prompts: Tensor, logsumexp: Tensor, entropy: Tensor, largest: Tensor,
-    scale: float, wanted: list[bool], impl: str,
+    kept: Tensor, scale: float, wanted: list[bool], impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with torch.autocast(patches.device.type, enabled=False):
         module = _implementation(impl, patches)
-        return module.backward(grads, patches, prompts, logsumexp, entropy, largest, scale, wanted)
+        return module.backward(grads, patches, prompts, logsumexp, entropy, largest, kept, scale, wanted)
 
 
 @_grad.register_fake
 def _(
     grads: list[Tensor], patches: Tensor, prompts: Tensor, logsumexp: Tensor, entropy: Tensor, largest: Tensor,
-    scale: float, wanted: list[bool], impl: str,
+    kept: Tensor, scale: float, wanted: list[bool], impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return patches.new_empty(patches.shape if wanted[0] else 0), prompts.new_empty(prompts.shape if wanted[1] else 0)
 
@@ -70,16 +73,16 @@ class _PatchStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
         patches: Tensor, prompts: Tensor, scale: float, labels: Tensor | None, keep: bool, impl: str
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         return _forward(patches, prompts, scale, labels, keep, impl)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
         patches, prompts, ctx.scale, _, _, ctx.impl = inputs
-        _, logsumexp, entropy, rank, largest = output
+        _, logsumexp, entropy, rank, largest, kept = output
         ctx.wanted = list(ctx.needs_input_grad[:2])
-        ctx.mark_non_differentiable(rank, largest)
-        ctx.save_for_backward(patches, prompts, logsumexp, entropy, largest)
+        ctx.mark_non_differentiable(rank, largest, kept)
+        ctx.save_for_backward(patches, prompts, logsumexp, entropy, largest, kept)
 
     @staticmethod
     def backward(ctx, of_maximum, of_logsumexp, of_entropy, *_):  # noqa: ANN001, ANN002, ANN205
@@ -93,10 +96,11 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def forward(
         of_maximum: Tensor, of_logsumexp: Tensor, of_entropy: Tensor, patches: Tensor, prompts: Tensor,
-        logsumexp: Tensor, entropy: Tensor, largest: Tensor, scale: float, wanted: list[bool], impl: str,
+        logsumexp: Tensor, entropy: Tensor, largest: Tensor, kept: Tensor, scale: float, wanted: list[bool],
+        impl: str,
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         grads = [of_maximum, of_logsumexp, of_entropy]
-        of_patches, of_prompts = _grad(grads, patches, prompts, logsumexp, entropy, largest, scale, wanted, impl)
+        of_patches, of_prompts = _grad(grads, patches, prompts, logsumexp, entropy, largest, kept, scale, wanted, impl)
         return of_patches if wanted[0] else None, of_prompts if wanted[1] else None
 
     @staticmethod

@@ -166,12 +166,12 @@ def statistics_grad_kernel(
 
 def forward(
     patches: Tensor, prompts: Tensor, scale: float, labels: Tensor | None, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The statistics of patches (B, P, D) over prompts (C, D), with labels (B,) or None.
 
     Returns:
         maximum, logsumexp and entropy (B, P) float32; rank (B, P) int64, (0,) without labels; largest (B, P) int32, the
-        class of the maximum, (0,) without keep.
+        class of the maximum, (0,) without keep; and (0,), because the logits are never kept.
     """
     (B, P, D), C = patches.shape, len(prompts)
     statistics = [torch.empty(B, P, dtype=torch.float32, device=patches.device) for _ in range(3)]
@@ -186,7 +186,7 @@ def forward(
             KEEP=keep, RANK=labels is not None, DOT=dot_dtype(patches.dtype), INDEX=index,
             **blocks,
         )  # fmt: skip
-    return *statistics, rank, largest
+    return *statistics, rank, largest, torch.empty(0, dtype=torch.float32, device=patches.device)
 
 
 def backward(
@@ -196,12 +196,13 @@ def backward(
     logsumexp: Tensor,
     entropy: Tensor,
     largest: Tensor,
+    kept: Tensor,
     scale: float,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """The gradients (B, P, D) and (C, D) in the inputs' dtype, from those of maximum, logsumexp and entropy, (B, P).
 
-    A gradient that is not wanted is (0,).
+    A gradient that is not wanted is (0,). The logits are made again, so kept is (0,).
     """
     saved = torch.stack([grad.flatten() for grad in grads]), logsumexp, entropy, largest
     classes = prompts[:, None]  # as images of one patch
