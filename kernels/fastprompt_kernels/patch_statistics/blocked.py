@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Bytes of the largest tile of logits, forward and backward, where the products sum over more rows at once. Half of it and
-# double of it are slower forward: more calls, or more than the second-level cache holds.
+# Bytes of the largest tile of logits, forward and backward, where the products sum over more rows at once. Half of it
+# and double of it are slower forward: more calls, or more than the second-level cache holds.
 TILE_BYTES = 2 * 2**20
 GRAD_TILE_BYTES = 8 * 2**20
 # Bytes of the logits of all images up to which they are kept for the backward pass, which saves a product in four.
