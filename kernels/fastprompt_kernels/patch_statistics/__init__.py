@@ -39,8 +39,8 @@ def patch_statistics(
 
     exp(maximum - logsumexp) is the local score of GL-MCM (Miyai et al., IJCV 2025, arXiv:2304.04521); patches where the
     label has a rank of K or more are the background of LoCoOp (Miyai et al., NeurIPS 2023, arXiv:2306.01293), whose
-    entropy it raises. Nothing is normalised here. The (B, P, C) logits are never held as a whole, except up to 16 MiB of
-    them, which "blocked" keeps for the backward pass.
+    entropy it raises. Nothing is normalised here. The (B, P, C) logits are never held as a whole, but for up to 16 MiB
+    of them, which "blocked" keeps for the backward pass.
 
     Products are accumulated in float32 (float64 for float64 inputs) whatever the dtype of the inputs, and maximum,
     logsumexp and entropy have that dtype. Under autocast the inputs are cast to autocast's dtype first. Gradients have
