@@ -70,9 +70,9 @@ def test_auto_takes_on_a_processor_what_is_faster_for_the_size(monkeypatch):
         topk_similarity(inputs.patches, inputs.prompts, inputs.k).sum().backward()
         return taken
 
-    assert kinds(1, 8) == ["dense.forward", "dense.backward"]
-    assert kinds(128, 8) == ["blocked.forward", "blocked.backward"]
-    assert kinds(128, 9) == ["blocked.forward", "dense.backward"]
+    assert kinds(150, 8) == ["dense.forward", "dense.backward"]
+    assert kinds(160, 8) == ["blocked.forward", "blocked.backward"]
+    assert kinds(160, 9) == ["blocked.forward", "dense.backward"]
 
 
 def test_blocked_leaves_torch_as_it_was(one_thread):

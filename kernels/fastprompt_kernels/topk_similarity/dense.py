@@ -64,16 +64,18 @@ def backward(
     """
     B, N, C = grad.shape
     like = prompts if patches is None else patches
-    of_patches = like.new_zeros((B, P, like.shape[-1]) if prompts is not None else 0)
+    of_patches = grad.new_empty((B, P, like.shape[-1]) if prompts is not None else 0)
     of_prompts = grad.new_zeros((N * C, like.shape[-1]) if patches is not None else 0)
     queries = None if prompts is None else prompts.flatten(0, 1).to(grad.dtype)
     for images in _chunks(B, N * C * P * grad.itemsize):
         weights = _weights(grad[images], selected[images], k, P)  # (N * C, images, P)
         if prompts is not None:
-            of_patches[images] = torch.bmm(weights.permute(1, 2, 0), queries.expand(weights.shape[1], -1, -1))
+            rows = weights.permute(1, 2, 0)
+            torch.bmm(rows, queries.expand(len(rows), -1, -1), out=of_patches[images])
         if patches is not None:
             of_prompts.addmm_(weights.flatten(1), patches[images].flatten(0, 1).to(grad.dtype))
-    return of_patches, of_prompts.view((N, C, like.shape[-1]) if patches is not None else 0).to(like.dtype)
+    of_prompts = of_prompts.view((N, C, like.shape[-1]) if patches is not None else 0)
+    return of_patches.to(like.dtype), of_prompts.to(like.dtype)
 
 
 def _chunks(B: int, bytes_per_image: int) -> Iterator[slice]:
@@ -85,16 +87,23 @@ def _best(scores: Tensor, scales: Sequence[int], exact: bool) -> tuple[Tensor, T
 
     Which of equals topk takes is left open; where exact, it is the first of them.
     """
-    P, largest = scores.shape[-1], max(scales)
-    best, patch = scores.topk(largest, sorted=len(scales) > 1)
-    if exact:
-        # Not-a-number is among the largest and smaller than nothing, so it makes a row unsure as equals do.
-        last = best.amin(-1, keepdim=True) if len(scales) == 1 else best[..., [scale - 1 for scale in scales]]
-        smaller = [scores < edge for edge in last.split(1, dim=-1)]
-        if any(rest.count_nonzero() < rest[..., 0].numel() * (P - s) for rest, s in zip(smaller, scales, strict=True)):
-            unsure = torch.stack([rest.sum(-1) < P - s for rest, s in zip(smaller, scales, strict=True)]).any(0)
-            ranked = scores[unsure].sort(dim=-1, descending=True, stable=True)
-            best[unsure], patch[unsure] = (part[:, :largest] for part in ranked)
+    P, largest, several = scores.shape[-1], max(scales), len(scales) > 1
+    exact = exact and min(scales) < P
+    best, patch = scores.topk(min(largest + exact, P), sorted=several)
+    if not exact:
+        return best, patch
+    if several:
+        edges = [(best[..., scale - 1], best[..., scale]) for scale in scales if scale < P]
+    else:
+        # The smallest of one more than are wanted gives its place to the last, and is compared with the others.
+        after, place = best.min(-1, keepdim=True)
+        best, patch = (part.scatter(-1, place, part[..., -1:])[..., :-1] for part in (best, patch))
+        edges = [(best.amin(-1), after[..., 0])]
+    # Not-a-number is among the largest and greater than nothing, so it makes a row unsure as equals do.
+    unsure = torch.stack([~(last > following) for last, following in edges]).any(0)
+    if unsure.any():
+        ranked = scores[unsure].sort(dim=-1, descending=True, stable=True)
+        best[unsure], patch[unsure] = (part[:, : best.shape[-1]] for part in ranked)
     return best, patch
 
 

@@ -17,7 +17,7 @@ from . import blocked, dense, reference
 MAX_K = 64
 # On a processor torch's own code is faster where the similarity has fewer numbers, and backward where a larger share of
 # them is selected: benchmarks/results/break_even-cpu.md.
-SMALL = 2**20
+SMALL = 5 * 2**18
 DENSE_SHARE = 1 / 8
 
 
