@@ -87,7 +87,7 @@ class VisionTransformerTower(ImageTower):
         cut = images.unflatten(3, (columns, width)).unflatten(2, (rows, height))
         pixels = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, P, 3 * height * width)
         patches = F.linear(pixels, weight.flatten(1))
-        x = torch.cat([visual.class_embedding.expand(len(images), 1, -1), patches], dim=1)
+        x = torch.cat([visual.class_embedding.expand(images.shape[0], 1, -1), patches], dim=1)
         return visual.ln_pre(x + visual.positional_embedding)
 
     def project(self, patches: Tensor) -> Tensor:
