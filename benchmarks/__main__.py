@@ -72,7 +72,7 @@ class TextEncoder(Measure):
 class TrainStep(Measure):
     """A whole training step of GalLoP beside the computation of its published code, and beside clean PyTorch.
 
-    Peers do a fourth of the step, which is checked against ours and counted four times. Needs 6 GB of memory.
+    Peers do a fourth of the step, which is checked against ours and counted four times. Took more than 5 GB of memory.
     """
 
     profile: bool = False
