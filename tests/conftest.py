@@ -1,5 +1,6 @@
 """Fixtures that several rooms use."""
 
+import logging
 import os
 
 import pytest
@@ -11,6 +12,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.models import make_backbone, make_clip
+
+
+@pytest.fixture(autouse=True)
+def messages_as_before():
+    """A benchmark silences open_clip, which logs to the root, for the process that it runs in."""
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -138,7 +138,7 @@ def _cut(lengths: tuple[int, ...], limit: int) -> tuple[int, ...]:
 
 
 def _logged(plan: EncodingPlan, tokens: int, groups: int, with_gradient: bool) -> EncodingPlan:
-    pieces = -(-groups // plan.groups) * len(plan.classes)
+    pieces = -(-groups // max(1, plan.groups)) * len(plan.classes)
     log.log(
         logging.INFO if with_gradient else logging.DEBUG,
         "%s %d contexts x %d classes: %d tokens, in %d piece%s of about %.0f MB",

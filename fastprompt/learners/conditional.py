@@ -13,10 +13,6 @@ from fastprompt.backbone import Backbone, ImageFeatures
 from fastprompt.errors import InputError
 from fastprompt.learners.base import Learner, Scores, initial_context
 
-# Name tokens that the text tower takes at a time where no gradient is wanted. Inside the MLP of ViT-B/16's text tower,
-# which is 2048 wide, that is half a gigabyte in float32.
-TOKENS = 2**16
-
 
 class ImageConditional(Learner):
     """A learner whose context depends on the image: B images are B groups of contexts, encoded in one pass.
@@ -46,11 +42,7 @@ class ImageConditional(Learner):
 
     def encode_text(self, features: ImageFeatures) -> Tensor:
         """Text features (B, C, D) of every class for every image, L2-normalised."""
-        contexts = self.contexts(features)
-        if torch.is_grad_enabled():  # the backward pass needs all of them
-            return self.backbone.encode_prompts(contexts, self.class_tokens)
-        images = max(1, TOKENS // sum(self.class_tokens.lengths))
-        return torch.cat([self.backbone.encode_prompts(some, self.class_tokens) for some in contexts.split(images)])
+        return self.backbone.encode_prompts(self.contexts(features), self.class_tokens)
 
     def text_features(self) -> Tensor:
         """Refused, in one sentence: without an image there are no text features."""
