@@ -1,5 +1,6 @@
 """Work on processors: cut into parts, and shared out to the cores."""
 
+import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +58,12 @@ def on_all_cores(
     memory = [scratch() for _ in range(max(1, min(threads, waiting.qsize())))]
     for _ in map(work, memory) if threads == 1 else _cores(threads).map(work, memory):
         pass
+
+
+def scratch_memory(count: int, dtype: torch.dtype) -> Tensor:
+    """So many numbers, in memory that goes back to the system after use: the C library would keep some of it."""
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # not on Windows
+    return torch.frombuffer(mmap.mmap(-1, max(1, count) * dtype.itemsize, **private), dtype=dtype)
 
 
 @cache

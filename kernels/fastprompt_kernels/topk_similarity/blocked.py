@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cores import exact_bfloat16_products, on_all_cores, parts
+from ..cores import exact_bfloat16_products, on_all_cores, parts, scratch_memory
 from .blocked_backward import backward
 from .dense import Scales, saved_size
 
@@ -54,8 +54,8 @@ def forward(patches: Tensor, prompts: Tensor, k: Scales, keep: bool) -> tuple[Te
     starts = list(accumulate(map(sum, k), initial=0))
 
     def scratch() -> tuple[Tensor, Tensor]:
-        scores = torch.empty(images_at_once * rows_at_once * P, dtype=dtype)
-        return scores, torch.empty(images_at_once * min(C, rows_at_once) * P, dtype=dtype)
+        scores = scratch_memory(images_at_once * rows_at_once * P, dtype)
+        return scores, scratch_memory(images_at_once * min(C, rows_at_once) * P, dtype)
 
     def fill(images: slice, rows: slice, scores: Tensor, ranked: Tensor) -> None:
         scores = _scores(patches[images].to(dtype), prompts.view(N * C, -1)[rows].to(dtype), scores)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cores import even_parts, on_all_cores, parts
+from ..cores import even_parts, on_all_cores, parts, scratch_memory
 from .dense import Scales
 
 # Bytes of the features that one product reads: about a core's second-level cache.
@@ -41,7 +41,7 @@ def backward(
         of_patches = _grad_patches(shares, prompts.to(grad.dtype), selected, k, P, tiles)
 
     def scratch() -> tuple[Tensor, Tensor]:
-        return torch.empty(entries, dtype=torch.int32), grad.new_empty(entries)
+        return scratch_memory(entries, torch.int32), scratch_memory(entries, grad.dtype)
 
     little = selected.numel() < LITTLE
     on_all_cores(lambda fill, *tile: fill(*tile), tiles, grad.device, scratch, little=little)
