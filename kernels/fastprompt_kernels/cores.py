@@ -62,8 +62,15 @@ def on_all_cores(
 
 def scratch_memory(count: int, dtype: torch.dtype) -> Tensor:
     """So many numbers, in memory that goes back to the system after use: the C library would keep some of it."""
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # not on Windows
-    return torch.frombuffer(mmap.mmap(-1, max(1, count) * dtype.itemsize, **private), dtype=dtype)
+    names = (
+        "MAP_PRIVATE",
+        "MAP_ANONYMOUS",
+        "MAP_POPULATE",
+    )  # none on Windows; the last, all pages at once, on Linux alone
+    flags = sum(getattr(mmap, name, 0) for name in names)
+    return torch.frombuffer(
+        mmap.mmap(-1, max(1, count) * dtype.itemsize, **({"flags": flags} if flags else {})), dtype=dtype
+    )
 
 
 @cache

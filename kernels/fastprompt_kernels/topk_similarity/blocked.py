@@ -19,8 +19,8 @@ from .dense import Scales, saved_size
 
 __all__ = ["backward", "forward", "saved_size"]
 
-# Bytes of the similarities of one tile. Larger ones take memory, smaller ones time: at 1 MiB half as much again.
-TILE_BYTES = 5 * 2**18
+# Bytes of the similarities of one tile. Larger ones take memory, smaller ones time: half of it costs a tenth more.
+TILE_BYTES = 5 * 2**19
 # Rows that a matrix product needs to be efficient: prompts of fewer classes are multiplied together.
 EFFICIENT_ROWS = 128
 # Multiplications of an image's similarity that are done before other threads are awake.
