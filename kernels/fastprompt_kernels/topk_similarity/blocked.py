@@ -19,7 +19,7 @@ from .dense import Scales, saved_size
 
 __all__ = ["backward", "forward", "saved_size"]
 
-# Bytes of the similarities of one tile. Larger ones take memory, smaller ones time: half of it costs a tenth more.
+# Bytes of the similarities of one tile. Larger ones take memory, smaller ones time.
 TILE_BYTES = 5 * 2**19
 # Rows that a matrix product needs to be efficient: prompts of fewer classes are multiplied together.
 EFFICIENT_ROWS = 128
