@@ -8,7 +8,7 @@ from . import op
 
 __all__ = ["prefix_attention"]
 
-IMPLEMENTATIONS = ("auto", "reference", "sdpa", "blocked", "flash", "triton")
+IMPLEMENTATIONS = ("auto", "reference", "sdpa", "blocked", "flash", "triton", "xformers")
 
 
 def prefix_attention(
@@ -31,8 +31,8 @@ def prefix_attention(
 
     Scores and softmax are in float32 (float64 for float64 inputs) whatever the dtype of the inputs, and the result has
     the dtype of the inputs. Under autocast the inputs are cast to autocast's dtype first. Only the inputs are kept for
-    the backward pass (not by "reference" and "sdpa", which are differentiated by autograd). The gradient cannot be
-    differentiated again, except through the reference.
+    the backward pass (not by "reference", "sdpa" and "xformers", which are differentiated by autograd). The gradient
+    cannot be differentiated again, except through the reference.
 
     Args:
         tokens: (G, T, 3, H, d), queries, keys and values of H heads, as a joint projection gives them. With `queries`
@@ -45,9 +45,10 @@ def prefix_attention(
             for the device.
         impl: "reference" (plain torch, the definition), "sdpa" (torch's scaled_dot_product_attention, any device),
             "blocked" (plain torch, bounded memory, any device), "flash" (torch's fused attention of processors),
-            "triton" (fused kernels: CUDA and ROCm, float16 and bfloat16, S, width and d up to 64), or "auto": flash on
-            a CPU, elsewhere triton where it can run, else blocked. What is named explicitly is run or refused, never
-            replaced.
+            "triton" (fused kernels: CUDA and ROCm, float16 and bfloat16, S, width and d up to 64), "xformers" (its
+            attention of blocks where it is installed, CUDA and ROCm, to measure against; it does not compile), or
+            "auto": flash on a CPU, elsewhere triton where it can run, else blocked. What is named explicitly is run or
+            refused, never replaced.
 
     Returns:
         (G, T, H * d), or (G, rows * E, H * d) with `queries`.

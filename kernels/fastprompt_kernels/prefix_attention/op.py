@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..implementations import cast_by_autocast, runs_triton
-from . import blocked, flash, reference, sdpa
+from . import blocked, flash, reference, sdpa, xformers
 
 # The most tokens of a prefix, slots of a row and elements of a head that the tiles of the Triton kernels hold.
 LARGEST = 64
-COMPOSED = {"reference": reference, "sdpa": sdpa}
+COMPOSED = {"reference": reference, "sdpa": sdpa, "xformers": xformers}
 
 
 def prefix_attention(
