@@ -1,16 +1,19 @@
 """The shared-prefix pass is exact: it equals the padded pass of open_clip itself."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+from fastprompt_kernels import prefix_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.class_names import CALTECH, DTD
 from benchmarks.peers import encode_padded
+from fastprompt.backbone import shared_prefix
 from fastprompt.backbone.memory import SPARE
 from fastprompt.backbone.packing import pack
 from fastprompt.errors import InputError
@@ -25,8 +28,10 @@ TOWERS = {
     "ViT-L/14": ({"width": 768, "heads": 12}, 768, True),
     "RN50": ({"width": 512, "heads": 8}, 1024, True),
 }
-# Of 1 to 70 tokens with the end of text, and one of them twice.
-NAMES = (*CALTECH[:3], "star " * 30, CALTECH[0], "sea " * 69)
+# Of 1 to 70 tokens, and one of them twice.
+NAMES = (*CALTECH[:3], "star " * 30, CALTECH[0], "sea " * 70)
+# Triton's kernels take float16 and bfloat16 only: tests/kernels holds them against the reference by the error rule.
+IN_FLOAT64 = ["reference", "sdpa", "blocked", "flash"]
 
 
 @pytest.fixture(scope="module", params=TOWERS)
@@ -61,21 +66,63 @@ def test_equals_open_clip_on_real_names(published):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["shared", "class-specific"])
-def test_features_and_gradients_equal_the_padded_pass(published, own, monkeypatch):
-    """Whole, cut between groups (contexts of prompts, or of images), and cut between classes."""
-    context = context_of(published, 3, 4)
-    if own:
+@pytest.fixture(params=IN_FLOAT64)
+def attention(request, monkeypatch):
+    """The text tower attends by each implementation in turn."""
+    monkeypatch.setattr(shared_prefix, "prefix_attention", partial(prefix_attention, impl=request.param))
+
+
+def cut(monkeypatch, backbone, shared, lengths):
+    """Budgets of memory for all at once, for one context at a time, and for one of the longest names at a time."""
+    for tokens in (10**6, shared + sum(lengths), shared + max(lengths)):
+        budget = int(tokens * backbone._text.size().per_token(with_gradient=True) / SPARE) + 1
+        monkeypatch.setattr(backbone, "memory_budget", budget)
+        yield
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["shared", "class-specific"])
+def padded(published, request):
+    """Contexts, and what open_clip's own pass makes of them: features and gradient."""
+    context = context_of(published, 2, 4)
+    if request.param:
         context = context.detach()[:, None].expand(-1, len(NAMES), -1, -1).clone()
         context = (context + 0.1 * torch.randn_like(context)).requires_grad_()
-    expected = gradients(encode_padded(published.model, context, padded_ids(NAMES)), context)
+    return context, gradients(encode_padded(published.model, context, padded_ids(NAMES)), context)
+
+
+@pytest.mark.usefixtures("attention")
+def test_features_and_gradients_equal_the_padded_pass(published, padded, monkeypatch):
+    context, expected = padded
     class_tokens = published.tokenize(NAMES)
+    own = context.dim() == 4
     lengths = [4 * own + length for length in class_tokens.lengths]
-    shared = 1 if own else 5
-    for tokens in (10**6, shared + sum(lengths), shared + max(lengths)):
-        budget = int(tokens * published._text.size().per_token(with_gradient=True) / SPARE) + 1
-        monkeypatch.setattr(published, "memory_budget", budget)
+    for _ in cut(monkeypatch, published, 1 if own else 5, lengths):
         got = gradients(published.encode_prompts(context, class_tokens), context)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+
+def contexts_of(learned, kind, classes):
+    """One a prompt or one a class as in CoOp, or one an image as in CoCoOp, from a learned tensor (2, M, W)."""
+    generator = torch.Generator().manual_seed(5)
+    shift = torch.randn(3, classes, 1, learned.shape[-1], generator=generator, dtype=torch.float64)
+    return {"prompt": learned, "class": learned[:, None] + shift[:2], "image": learned[0] + shift[:, 0]}[kind]
+
+
+@pytest.mark.usefixtures("attention")
+@pytest.mark.parametrize("kind", ["prompt", "class", "image"])
+@pytest.mark.parametrize(
+    "names",
+    [("sea",), ("sea", "red star", "sea", "sea"), tuple("sea " * length for length in range(1, 71, 3))],
+    ids=["one class", "equal names", "1 to 70 tokens"],
+)
+def test_contexts_of_prompts_classes_and_images(vit_backbone, names, kind, monkeypatch):
+    learned, class_tokens = context_of(vit_backbone, 2, 3), vit_backbone.tokenize(names)
+    context = contexts_of(learned, kind, len(names))
+    expected = gradients(encode_padded(vit_backbone.model, context, padded_ids(names)), learned)
+    own = kind == "class"
+    for _ in cut(monkeypatch, vit_backbone, 1 if own else 4, [3 * own + length for length in class_tokens.lengths]):
+        context = contexts_of(learned, kind, len(names))
+        got = gradients(vit_backbone.encode_prompts(context, class_tokens), learned)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
 
 
@@ -170,10 +217,8 @@ def test_words_behind_the_name_are_encoded_in_pieces(vit_backbone, monkeypatch, 
     if own:
         after = torch.stack([after, 2 * after, 3 * after], dim=1).detach().requires_grad_()
     expected = gradients(vit_backbone.encode_prompts(context, class_tokens, after), (context, after))
-    shared, lengths = 5, [3 + length for length in class_tokens.lengths]
-    for tokens in (shared + sum(lengths), shared + max(lengths)):
-        budget = int(tokens * vit_backbone._text.size().per_token(with_gradient=True) / SPARE) + 1
-        monkeypatch.setattr(vit_backbone, "memory_budget", budget)
+    lengths = [3 + length for length in class_tokens.lengths]
+    for _ in cut(monkeypatch, vit_backbone, 5, lengths):
         got = gradients(vit_backbone.encode_prompts(context, class_tokens, after), (context, after))
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
 
