@@ -6,6 +6,7 @@ For the gradient of the prompts they lie in the right order already; for that of
 
 import warnings
 from functools import cache, partial
+from itertools import product
 
 import numpy as np
 import torch
@@ -18,9 +19,6 @@ from .dense import Scales
 FEATURE_BYTES = 2**21
 # The most selected patches of one product.
 ENTRIES = 2**16
-# The least selected patches of one product, if a gradient is to be shared out: threads that meet more often than that
-# wait for each other, and there is the other gradient to compute meanwhile.
-FEW = 2**13
 # Selected patches that are summed before other threads are awake.
 LITTLE = 2**12
 
@@ -33,24 +31,23 @@ def backward(
     Each needs the other input. Where that is None the gradient is not made, and is (0,).
     """
     shares, of_patches, of_prompts = _shares(grad, k), grad.new_empty(0), grad.new_empty(0)
-    tiles, entries = [], max(ENTRIES, selected.shape[2])
     _announce_sparse_matrices()
     if patches is not None:
-        of_prompts = _grad_prompts(shares, patches, selected, k, tiles)
+        of_prompts = _grad_prompts(shares, patches, selected, k)
     if prompts is not None:
-        of_patches = _grad_patches(shares, prompts.to(grad.dtype), selected, k, P, tiles)
-
-    def scratch() -> tuple[Tensor, Tensor]:
-        return scratch_memory(entries, torch.int32), scratch_memory(entries, grad.dtype)
-
-    little = selected.numel() < LITTLE
-    on_all_cores(lambda fill, *tile: fill(*tile), tiles, grad.device, scratch, little=little)
+        of_patches = _grad_patches(shares, prompts.to(grad.dtype), selected, k, P)
     dtype = prompts.dtype if patches is None else patches.dtype
     return of_patches.to(dtype), of_prompts.to(dtype)
 
 
-def _grad_patches(shares: Tensor, prompts: Tensor, selected: Tensor, k: Scales, P: int, tiles: list) -> Tensor:
-    """The gradient (B, P, D), which is there once all that is appended to tiles has been called."""
+def _scratch(selected: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Columns and weights of a sparse matrix."""
+    entries = max(ENTRIES, selected.shape[2])
+    return scratch_memory(entries, torch.int32), scratch_memory(entries, dtype)
+
+
+def _grad_patches(shares: Tensor, prompts: Tensor, selected: Tensor, k: Scales, P: int) -> Tensor:
+    """(B, P, D); every core sorts and sums the patches of images of its own."""
     (N, C, D), B, W = prompts.shape, len(shares), selected.shape[2]
     result = shares.new_empty(B, P, D) if C else shares.new_zeros(B, P, D)
     classes_at_once = max(1, min(C, FEATURE_BYTES // (2 * N * D * shares.itemsize), ENTRIES // W))
@@ -66,27 +63,25 @@ def _grad_patches(shares: Tensor, prompts: Tensor, selected: Tensor, k: Scales, 
             matrix = _of_patches(tile, own, *entries(*tile.shape[:2]), rows, weights, (len(total), len(features)))
             torch.addmm(total, matrix, features, beta=int(classes.start > 0), out=total)
 
-    tiles += [(fill, images) for images in even_parts(B, images_at_once)]
+    tiles = ((images,) for images in even_parts(B, images_at_once))
+    little = selected.numel() < LITTLE
+    on_all_cores(fill, tiles, shares.device, lambda: _scratch(selected, shares.dtype), little=little)
     return result
 
 
-def _grad_prompts(shares: Tensor, patches: Tensor, selected: Tensor, k: Scales, tiles: list) -> Tensor:
-    """The gradient (N, C, D), which is there once all that is appended to tiles has been called."""
+def _grad_prompts(shares: Tensor, patches: Tensor, selected: Tensor, k: Scales) -> Tensor:
+    """(N, C, D). There is nothing to sort, so the products are long: they are left to torch's own threads."""
     (B, P, D), N, C = patches.shape, len(k), shares.shape[2]
     result = shares.new_empty(N, C, D) if B else shares.new_zeros(N, C, D)
     largest = max(map(sum, k))
     images_at_once = max(1, min(FEATURE_BYTES // (P * D * shares.itemsize), ENTRIES // largest))
-    few = -(-FEW * N // (images_at_once * selected.shape[2]))
-    at_once = min(max(few, -(-C // torch.get_num_threads())), ENTRIES // (images_at_once * largest))
-
-    def fill(classes: slice, columns: Tensor, weights: Tensor) -> None:
-        for images in parts(B, images_at_once):
-            features = patches[images].to(shares.dtype).flatten(0, 1)
-            for n in range(N):
-                matrix = _of_prompt(selected[images, classes], shares[images, :, classes], k, n, P, columns, weights)
-                torch.addmm(result[n, classes], matrix, features, beta=int(images.start > 0), out=result[n, classes])
-
-    tiles += [(fill, classes) for classes in parts(C, at_once)]
+    classes_at_once = ENTRIES // (images_at_once * largest)
+    columns, weights = _scratch(selected, shares.dtype)
+    for images in parts(B, images_at_once):
+        features = patches[images].to(shares.dtype).flatten(0, 1)
+        for classes, n in product(parts(C, classes_at_once), range(N)):
+            matrix = _of_prompt(selected[images, classes], shares[images, :, classes], k, n, P, columns, weights)
+            torch.addmm(result[n, classes], matrix, features, beta=int(images.start > 0), out=result[n, classes])
     return result
 
 
