@@ -64,9 +64,12 @@ def keep_rows(file: Path, kept: Callable[[Mapping[str, str]], bool]) -> list[dic
     chosen = [row for row in rows if kept(row)]
     if len(chosen) < len(rows):
         beside = file.with_suffix(".new")
-        with beside.open("w", newline="") as stream:
-            _write_rows(stream, list(rows[0]), chosen, header=True)
-        beside.replace(file)
+        try:
+            with beside.open("w", newline="") as stream:
+                _write_rows(stream, list(rows[0]), chosen, header=True)
+            beside.replace(file)
+        finally:
+            beside.unlink(missing_ok=True)
     return chosen
 
 

@@ -80,6 +80,7 @@ def test_no_row_is_lost_while_old_ones_are_dropped(faked, tmp_path, page, monkey
         with pytest.raises(KeyboardInterrupt):
             measure_all(tmp_path, tmp_path, page)
     assert read_rows(file) == before
+    assert not list(tmp_path.glob("methods.n*"))
     faked.clear()
     measure_all(tmp_path, tmp_path, page)
     assert faked == [("coop", 1), ("coop", 2), ("coop", 3)]
