@@ -113,9 +113,7 @@ def _options(checkpoint: Checkpoint, config: ImportConfig) -> dict[str, Any]:
     if not isinstance(k, list | tuple) or not all(isinstance(one, int) for one in k):
         raise InputError(f"{checkpoint.file}: its training script must have had whole numbers as topk, not {k!r}")
     if not isinstance(dropout, int | float):
-        raise InputError(
-            f"{checkpoint.file} must hold global_dropout_p as a number, but its script was given {dropout!r}"
-        )
+        raise InputError(f"{checkpoint.file}: its training script must have had a share to drop, not {dropout!r}")
     k = list(k) * local if len(k) == 1 else list(k)
     if len(k) != local:
         raise InputError(f"{checkpoint.file} has {local} local prompts, but its training script was given topk = {k}")
