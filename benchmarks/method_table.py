@@ -48,12 +48,9 @@ def measure_all(scenes: Path, folder: Path, page: Path) -> str:
     before, after = around_table(page)
     file, materials = folder / "methods.csv", prepare(scenes)
     write_descriptions(materials.dataset.test.class_names, scenes / DESCRIPTIONS)
-    wanted, known = trials(), {}
-    if file.exists():
-        known = {key: row for row in results.read_rows(file) if (key := _key(row)) in wanted}
-        file.unlink()
-    if known:
-        results.append_rows(file, list(known.values()))
+    wanted = trials()
+    kept = results.keep_rows(file, lambda row: _key(row) in wanted) if file.exists() else []
+    known = {_key(row) for row in kept}
     for label, seed, training in tqdm([key for key in wanted if key not in known], desc="trials", disable=None):
         measures = run_trial(SETTINGS[label], int(seed), materials, scenes)
         key = {"label": label, "seed": seed, "training": training}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -48,10 +49,28 @@ def append_rows(file: Path, rows: Sequence[Mapping[str, object]]) -> None:
         raise InputError(f"{file} must have the columns {', '.join(columns)}, got {', '.join(found)}")
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, columns, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+        _write_rows(stream, columns, rows, header=new)
+
+
+def keep_rows(file: Path, kept: Callable[[Mapping[str, str]], bool]) -> list[dict[str, str]]:
+    """Drop the rows of a CSV file that are not ``kept``, and return the others, oldest first.
+
+    The file is written anew beside itself and then replaced, so that no row is lost when the process is stopped.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    rows = read_rows(file)
+    chosen = [row for row in rows if kept(row)]
+    if len(chosen) < len(rows):
+        beside = file.with_suffix(".new")
+        try:
+            with beside.open("w", newline="") as stream:
+                _write_rows(stream, list(rows[0]), chosen, header=True)
+            beside.replace(file)
+        finally:
+            beside.unlink(missing_ok=True)
+    return chosen
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:
@@ -64,6 +83,13 @@ def read_rows(file: Path) -> list[dict[str, str]]:
         raise InputError(f"{file} does not exist: run 'python -m benchmarks {file.stem}' first")
     with file.open(newline="") as stream:
         return list(csv.DictReader(stream))
+
+
+def _write_rows(stream: TextIO, columns: Sequence[str], rows: Sequence[Mapping[str, object]], *, header: bool) -> None:
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
 
 
 def _row(name: str, one: Measurement) -> dict[str, object]:

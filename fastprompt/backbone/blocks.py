@@ -69,8 +69,9 @@ class _NormedProjection(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd = ctx.saved_tensors
-        through = _flat(grad) @ ctx.weight
-        return _normalise_backward(ctx.norm, through, _flat(x), mean, rstd).view(x.shape), None, None, None
+        with torch.autocast(grad.device.type, enabled=False):  # in which backward may have been called
+            through = _flat(grad) @ ctx.weight
+            return _normalise_backward(ctx.norm, through, _flat(x), mean, rstd).view(x.shape), None, None, None
 
 
 class _SecondHalf(Function):
@@ -98,11 +99,12 @@ class _SecondHalf(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         middle, mean, rstd, hidden = ctx.saved_tensors
         block, flat = ctx.block, _flat(grad)
-        through = _scaled(flat, block.ls_2) @ block.mlp.c_proj.weight
-        _activate_backward_(block.mlp.gelu, through, hidden)
-        through = through @ block.mlp.c_fc.weight
-        of_middle = _normalise_backward(block.ln_2, through, middle, mean, rstd).add_(flat)
-        of_attended = _scaled(of_middle, block.ls_1) @ block.attn.out_proj.weight
+        with torch.autocast(grad.device.type, enabled=False):
+            through = _scaled(flat, block.ls_2) @ block.mlp.c_proj.weight
+            _activate_backward_(block.mlp.gelu, through, hidden)
+            through = through @ block.mlp.c_fc.weight
+            of_middle = _normalise_backward(block.ln_2, through, middle, mean, rstd).add_(flat)
+            of_attended = _scaled(of_middle, block.ls_1) @ block.attn.out_proj.weight
         return of_middle.view(grad.shape), of_attended.view(grad.shape), None
 
 

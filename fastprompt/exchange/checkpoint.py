@@ -32,6 +32,15 @@ NAMES = {
     "coop": {"ctx": "context"},
 }
 
+# How many axes the tensors have; those of the meta-net 1 or 2.
+AXES = {
+    "ctx": (2, 3),
+    "global_prompt": (3,),
+    "local_prompts": (3,),
+    "local_proj.linear.weight": (2,),
+    "token_prefix": (3,),
+}
+
 
 class _Inert:
     """Stands for a class that Dassl stored beside the tensors; takes its attributes and does nothing."""
@@ -88,13 +97,13 @@ def read_checkpoint(file: Path) -> Checkpoint:
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise InputError(f"{file} must be a checkpoint of CoOp, CoCoOp, KgCoOp or GalLoP, but it has no state_dict")
-    state = {name.removeprefix("module."): value for name, value in state.items()}
+    state = {str(name).removeprefix("module."): value for name, value in state.items()}
     method = _method(file, state)
     if missing := NAMES[method].keys() - state.keys():
         raise InputError(f"{file} is a checkpoint of {method} without the tensor {', '.join(sorted(missing))}")
-    learned = {ours: state[theirs].float() for theirs, ours in NAMES[method].items()}
-    start = state["token_prefix"][0, 0].float() if "token_prefix" in state else None
-    return Checkpoint(file, method, learned, start, vars(content.get("args", argparse.Namespace())))
+    learned = {ours: _tensor(file, state, theirs).float() for theirs, ours in NAMES[method].items()}
+    start = _tensor(file, state, "token_prefix")[0, 0].float() if "token_prefix" in state else None
+    return Checkpoint(file, method, learned, start, _arguments(file, content.get("args")))
 
 
 def _read(file: Path) -> Any:
@@ -103,9 +112,30 @@ def _read(file: Path) -> Any:
     try:
         with torch.serialization.safe_globals(HARMLESS):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
+    except UnpicklingError as error:
         reason = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
         raise InputError(f"{file} must be a checkpoint that can be read without executing it: {reason}") from error
+    except Exception as error:  # over a damaged file torch's reader stumbles in many ways
+        raise InputError(f"{file} must be a checkpoint, but it cannot be read ({type(error).__name__})") from error
+
+
+def _tensor(file: Path, state: Mapping[str, Any], name: str) -> Tensor:
+    """A tensor of a state_dict, with as many axes as the published code gives it."""
+    axes, value = AXES.get(name, (1, 2)), state[name]
+    if not isinstance(value, Tensor) or value.dim() not in axes:
+        found = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise InputError(
+            f"{file} must hold {name} as a tensor with {' or '.join(map(str, axes))} axes, but it is {found}"
+        )
+    return value
+
+
+def _arguments(file: Path, args: object) -> Mapping[str, Any]:
+    """The arguments of a training script: a namespace as GalLoP stores it, or a dictionary."""
+    found = {} if args is None else vars(args) if isinstance(args, argparse.Namespace) else args
+    if not isinstance(found, dict):
+        raise InputError(f"{file} must hold args as a namespace or a dictionary, but they are a {type(found).__name__}")
+    return found
 
 
 def _method(file: Path, state: Mapping[str, Tensor]) -> str:

@@ -108,9 +108,13 @@ def _options(checkpoint: Checkpoint, config: ImportConfig) -> dict[str, Any]:
         own = {"class_specific": learned["context"].dim() == 3, "position": config.position}
         return {"context": learned["context"].shape[-2]} | (own if checkpoint.method == "coop" else {})
     prompts, (local, tokens, _) = learned["global_prompts"], learned["local_prompts"].shape
-    k = list(checkpoint.arguments.get("topk", (5, 10, 15, 20)))
-    k = k * local if len(k) == 1 else k
+    given = {"topk": [5, 10, 15, 20], "global_dropout_p": 0.75} | dict(checkpoint.arguments)
+    k, dropout = given["topk"], given["global_dropout_p"]
+    if not isinstance(k, list | tuple) or not all(isinstance(one, int) for one in k):
+        raise InputError(f"{checkpoint.file}: its training script must have had whole numbers as topk, not {k!r}")
+    if not isinstance(dropout, int | float):
+        raise InputError(f"{checkpoint.file}: its training script must have had a share to drop, not {dropout!r}")
+    k = list(k) * local if len(k) == 1 else list(k)
     if len(k) != local:
         raise InputError(f"{checkpoint.file} has {local} local prompts, but its training script was given topk = {k}")
-    dropout = checkpoint.arguments.get("global_dropout_p", 0.75)
     return {"global_prompts": len(prompts), "k": k, "dropout": dropout, "context": tokens}

@@ -77,6 +77,7 @@ def train_run(config: ExperimentConfig, *, backbone: Backbone | None = None, pro
                 memory_budget=config.memory_budget,
             )
         learner, *peers = _learners(config, backbone, train.class_names)
+        learner.check()
         tests = _tests(dataset, backbone, config, progress)
         for row in (learner, *peers):
             for _, class_names in tests.values():

@@ -19,7 +19,8 @@ class SharedPrefixTextEncoder(nn.Module):
     CLIP's text tower is causal: what stands before the class name is the same for all classes, and what stands behind
     the end of text reaches nothing. The shared positions are encoded once, and the rest of every prompt is packed
     behind them without padding. Only the order of summation differs. Modules and parameters are those of the model,
-    under the names that CoOp's layer gives them. The blocks must be frozen when gradients are taken.
+    under the names that CoOp's layer gives them. The blocks must be frozen when gradients are taken. Autocast does not
+    reach into the layer: it computes, and answers, in the precision of the blocks.
 
     Args:
         clip_model: a CLIP of openai/CLIP or open_clip, or GalLoP's model.
@@ -105,11 +106,12 @@ class SharedPrefixTextEncoder(nn.Module):
         dtype, shared = self.dtype, prefix.shape[1]
         positions = self.positional_embedding.to(dtype)
         packing = pack(lengths, prefix.device)
-        prefix = prefix.to(dtype) + positions[:shared]
-        slots = behind.to(dtype).index_select(1, packing.token) + positions[shared + packing.position]
         blocks = [_open_clip_layout(block) for block in self.transformer.resblocks]
-        x = self.ln_final(end_of_text_states(blocks, prefix, slots, packing)).to(dtype)
-        return self.text_projection(x) if isinstance(self.text_projection, nn.Linear) else x @ self.text_projection
+        with torch.autocast(prefix.device.type, enabled=False):  # the weights' precision is the layer's
+            prefix = prefix.to(dtype) + positions[:shared]
+            slots = behind.to(dtype).index_select(1, packing.token) + positions[shared + packing.position]
+            x = self.ln_final(end_of_text_states(blocks, prefix, slots, packing)).to(dtype)
+            return self.text_projection(x) if isinstance(self.text_projection, nn.Linear) else x @ self.text_projection
 
     def _check_prompts(self, prompts: Tensor, tokens: Tensor) -> None:
         expected = self.positional_embedding.shape

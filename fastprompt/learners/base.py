@@ -107,6 +107,9 @@ class Learner(HubLearner, nn.Module, ABC):
         """Cross-entropy of the logits with labels (B,), a scalar."""
         return F.cross_entropy(scores.logits, labels.to(scores.logits.device))
 
+    def check(self) -> None:
+        """Raise ``InputError`` where what training will read is not there; called before any image is encoded."""
+
     def prepare(self, source: FeatureSource) -> None:
         """Called once before training, and again when a run is resumed; nothing by default.
 

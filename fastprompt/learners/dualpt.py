@@ -74,12 +74,16 @@ class DuAlPT(Learner):
         """See ``Learner``; G = N."""
         return self.backbone.encode_prompts(self.contexts, self.class_tokens)
 
-    def prepare(self, source: FeatureSource) -> None:
-        """Read the descriptions before the first step, so that an absent class is not found out later."""
-        if self.weight and self.descriptions is None:
-            logger.warning("dualpt was given no descriptions: it aligns with %r alone", DEFAULT_TEMPLATE)
+    def check(self) -> None:
+        """Read the descriptions, so that an absent class is not found out in the first step."""
         if self.weight:
             self.described()
+
+    def prepare(self, source: FeatureSource) -> None:
+        """Say so where nothing was given to align with."""
+        self.check()
+        if self.weight and self.descriptions is None:
+            logger.warning("dualpt was given no descriptions: it aligns with %r alone", DEFAULT_TEMPLATE)
 
     def described(self) -> Tensor:
         """The classes as they are described, (C, D), L2-normalised; encoded once.

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fastprompt.backbone import Backbone, ImageFeatures
+from fastprompt.errors import InputError
 from fastprompt.learners.base import Scores, check_weight
 from fastprompt.learners.coop import EPOCHS, CoOp
 from fastprompt.learners.recipe import Recipe
@@ -24,11 +26,14 @@ SENTENCES = TEMPLATES | {
     "dtd": "a texture of {}.",
 }
 LESS = ("flowers102", "dtd", "eurosat")
+TOKENS = 16  # of a context in the published runs; those in front of the words start at zero
 
 
 def _recipe(dataset: str) -> Recipe:
     text = SENTENCES[dataset]
-    options = {"context": split_template(text)[0].strip(), "template": text, "weight": 0.8 if dataset in LESS else 1.0}
+    words = split_template(text)[0].strip()
+    weight = 0.8 if dataset in LESS else 1.0
+    options = {"context": words, "zeros": TOKENS - len(words.split()), "template": text, "weight": weight}
     source = f"{SOURCE}; weight 0.8 is for 8 and 16 shots, 1 for fewer" if dataset in LESS else SOURCE
     return Recipe(source=source, epochs=50 if dataset == "imagenet" else EPOCHS, options=options)
 
@@ -38,19 +43,20 @@ class ProGrad(CoOp):
 
     With g the gradient of the cross-entropy and k that of the divergence from zero-shot CLIP's probabilities, a step
     follows g where <g, k> >= 0, and g - weight * <g, k> k / |k|^2 elsewhere. It needs two backward passes. This follows
-    the published code, except that the context starts from the template's words alone, without zeros in front.
+    the published code, except that the last word of a context with a comma, which is not trained there, is trained.
 
     Args:
         backbone: the frozen model.
         class_names: C names.
         context: words to start from, or a number of tokens with random start.
+        zeros: further tokens in front of these, which start at zero; the recipes fill up to 16 with them.
         template: sentence of zero-shot CLIP, with one {} for the class name.
         weight: share of the contradicting part that is taken away; 0 is CoOp.
     """
 
     method: ClassVar[str] = "prograd"
     recipes: ClassVar[Mapping[str, Recipe]] = {
-        "default": Recipe(source=SOURCE, epochs=EPOCHS),
+        "default": Recipe(source=SOURCE, epochs=EPOCHS, options={"zeros": 12}),
         **{dataset: _recipe(dataset) for dataset in SENTENCES},
     }
 
@@ -60,12 +66,18 @@ class ProGrad(CoOp):
         class_names: Sequence[str],
         *,
         context: int | str = "a photo of a",
+        zeros: int = 0,
         template: str = DEFAULT_TEMPLATE,
         weight: float = 1.0,
     ) -> None:
         check_weight("weight", weight)
+        if zeros < 0:
+            raise InputError(f"zeros: expected at least 0 tokens, got {zeros}")
         super().__init__(backbone, class_names, context=context)
-        self.options = {"context": context, "template": template, "weight": weight}
+        self.options = {"context": context, "zeros": zeros, "template": template, "weight": weight}
+        self.context = nn.Parameter(F.pad(self.context.detach(), (0, 0, zeros, 0)))  # (zeros + M, W)
+        self._context_tokens += zeros
+        self._set_classes(class_names)  # which have to fit behind the longer context
         self.template, self.weight = template, weight
         self.hand_crafted(template)  # a bad template is refused here, not in the first step
 

@@ -12,6 +12,7 @@ import torch
 from benchmarks import method_table, methods
 from benchmarks.method_table import BEGIN, END, around_table, measure_all, table, trials
 from benchmarks.methods import SETTINGS, make, run_trial, write_descriptions
+from benchmarks.results import read_rows
 from fastprompt.demo import experiment
 from fastprompt.demo.captions import all_words
 from fastprompt.errors import InputError
@@ -62,6 +63,29 @@ def test_what_is_done_is_not_done_again(faked, tmp_path, page, monkeypatch):
     assert faked == [("coop", 1), ("coop", 2), ("coop", 3)]
     with (tmp_path / "methods.csv").open(newline="") as stream:
         assert len(list(csv.DictReader(stream))) == everything, "rows of the old setting are still there"
+
+
+def test_no_row_is_lost_while_old_ones_are_dropped(faked, tmp_path, page, monkeypatch):
+    """Stopped while the rows that stay are written."""
+    measure_all(tmp_path, tmp_path, page)
+    file = tmp_path / "methods.csv"
+    before = read_rows(file)
+    monkeypatch.setitem(SETTINGS, "coop", replace(SETTINGS["coop"], epochs=99))
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(csv.DictWriter, "writerows", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            measure_all(tmp_path, tmp_path, page)
+    assert read_rows(file) == before
+    assert not list(tmp_path.glob("methods.n*"))
+    faked.clear()
+    measure_all(tmp_path, tmp_path, page)
+    assert faked == [("coop", 1), ("coop", 2), ("coop", 3)]
+    others = [row for row in before if row["label"] != "coop"]
+    assert read_rows(file)[: len(others)] == others
 
 
 def test_the_page_keeps_its_words(faked, tmp_path, page):

@@ -51,11 +51,11 @@ def save_dassl(file, parameters, buffers):
     torch.save({"state_dict": model.state_dict(), "epoch": 10, **state}, file)
 
 
-def save_gallop(file, parameters, **arguments):
-    """A .ckpt of GalLoP: its three tensors, and the arguments of its script as a namespace."""
+def save_gallop(file, parameters, kind=argparse.Namespace, **arguments):
+    """A .ckpt of GalLoP: its three tensors, and the arguments of its script as a namespace, or as another ``kind``."""
     given = {"clip_name": "clip_vit_b16", "topk": [1, 3], "global_dropout_p": 0.5, **arguments}
     state = {"epoch": 49, "train_meter": {"top1": torch.tensor(0.5)}, "scaler": None, "optimizer": {}, "scheduler": {}}
-    torch.save({"state_dict": dict(parameters), **state, "args": argparse.Namespace(**given)}, file)
+    torch.save({"state_dict": dict(parameters), **state, "args": kind(**given)}, file)
 
 
 @pytest.fixture

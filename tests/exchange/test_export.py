@@ -1,8 +1,10 @@
 """What leaves this library: a matrix, ONNX, the Hub's format, words; each used without the code that wrote it."""
 
 import json
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -143,6 +145,35 @@ def test_save_pretrained_and_from_pretrained(backbone, images, tmp_path):
     (tmp_path / "hub" / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(InputError, match="must be a learner that save_pretrained wrote"):
         Learner.from_pretrained(tmp_path / "hub", backbone=backbone)
+
+
+def test_push_to_hub_and_back(backbone, images, tmp_path, monkeypatch):
+    """With a folder in the place of the Hub."""
+    hub = tmp_path / "hub"
+
+    class Api:
+        def __init__(self, **_):
+            pass
+
+        def create_repo(self, repo_id, **_):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, repo_id, folder_path, **_):
+            shutil.copytree(folder_path, hub / repo_id)
+            return f"commit of {repo_id}"
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
+    for module in ("huggingface_hub.hub_mixin", "fastprompt.learners.stored"):
+        monkeypatch.setattr(f"{module}.hf_hub_download", lambda repo_id, filename, **_: str(hub / repo_id / filename))
+    learner, features = moved(SOTGLP(backbone, NAMES, patches=3)), backbone.encode_images(images)
+    assert learner.push_to_hub("someone/animals") == "commit of someone/animals"
+    again = Learner.from_pretrained("someone/animals", backbone=backbone)
+    assert (again.method, again.options, again.training) == ("sot-glp", learner.options, False)
+    assert torch.equal(again(features).logits, learner(features).logits)
+    other = make_backbone(backbone.model)
+    other.fingerprint = "f" * 16
+    with pytest.raises(InputError, match="but those found now have ffffffffffffffff"):
+        Learner.from_pretrained("someone/animals", backbone=other)
 
 
 def test_words_of_a_context_that_was_made_of_words(coop_run, backbone, capsys):

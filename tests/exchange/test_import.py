@@ -98,8 +98,9 @@ def gallop(random):
     }
 
 
-def test_gallop(gallop, model_folder, photos, common, tmp_path):
-    save_gallop(tmp_path / "gallop.ckpt", gallop)
+@pytest.mark.parametrize("kind", [argparse.Namespace, dict])
+def test_gallop(kind, gallop, model_folder, photos, common, tmp_path):
+    save_gallop(tmp_path / "gallop.ckpt", gallop, kind)
     assert bring_in(tmp_path / "gallop.ckpt", model_folder, "--data", photos) == 0
     learner = load_run("run", device="cpu")
     assert learner.class_names == NAMES  # with underscores, as its own code has them
@@ -140,13 +141,27 @@ def test_bad_checkpoints_get_one_sentence(gallop, start, model_folder, names, co
 
     assert "there is no such file" in complaint()
     torch.save([1], file)
+    whole = file.read_bytes()
     assert "it has no state_dict" in complaint()
+    for damaged in (b"", b"{}", whole[:-20], whole.replace(b"data.pkl", b"data.xyz")):
+        file.write_bytes(damaged)
+        assert "must be a checkpoint" in complaint()
     torch.save({"state_dict": {"weight": torch.zeros(1)}}, file)
     assert "it holds weight" in complaint()
     save_gallop(file, {"global_prompt": gallop["global_prompt"], "local_prompts": gallop["local_prompts"]})
     assert "is a checkpoint of gallop without the tensor local_proj.linear.weight" in complaint()
     save_gallop(file, gallop, topk=[1, 2, 3])
     assert "has 2 local prompts, but its training script was given topk = [1, 2, 3]" in complaint()
+    save_gallop(file, gallop, topk=5)
+    assert "its training script must have had whole numbers as topk, not 5" in complaint()
+    save_gallop(file, gallop, global_dropout_p="0.5")
+    assert "its training script must have had a share to drop, not '0.5'" in complaint()
+    torch.save({"state_dict": gallop, "args": ["--topk", "5"]}, file)
+    assert "must hold args as a namespace or a dictionary, but they are a list" in complaint()
+    torch.save({"state_dict": {"ctx": torch.zeros(48)}}, file)
+    assert "must hold ctx as a tensor with 2 or 3 axes, but it is of shape (48,)" in complaint()
+    torch.save({"state_dict": {"ctx": "words"}}, file)
+    assert "must hold ctx as a tensor with 2 or 3 axes, but it is a str" in complaint()
     save_gallop(file, {**gallop, "local_proj.linear.weight": torch.eye(65)})
     assert "was trained on another backbone" in complaint()
     save_gallop(file, {**gallop, "global_prompt": torch.zeros(3, 4, 49)})

@@ -141,6 +141,17 @@ def test_class_specific_contexts_are_refused_where_other_classes_come(photos, co
     assert config_of("run")["class_specific"] is True
 
 
+def test_a_class_without_description_is_named_before_any_image_is_encoded(photos, common, capsys, tmp_path):
+    Path("words.json").write_text(json.dumps({name: ["A colour."] for name in ("dark blue", "green", "red")}))
+    arguments = ["train", "dualpt", str(photos), *common, "--descriptions", "words.json", "--out", "run"]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "fastprompt: error: descriptions words.json: has no entry for class 'yellow'\n" in said
+    assert "encoding" not in said
+    assert not (tmp_path / "run").exists()
+    assert main([*arguments, "--weight", "0"]) == 0, "without the weight they are not read"
+
+
 def test_dual_view_trains_on_images_with_and_without_augmentation(photos, common):
     for flags in ([], ["--augment"]):
         out = f"run{len(flags)}"

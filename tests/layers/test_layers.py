@@ -115,6 +115,41 @@ def test_encode_equals_that_of_gallop(model):
     )
 
 
+def under_autocast(function, context, dtype, backward_inside):
+    """Features and gradient of a function of a context."""
+    learned = context.clone().requires_grad_()
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        features = function(learned)
+        loss = features.float().square().sum()
+        if backward_inside:
+            loss.backward()
+    if not backward_inside:
+        loss.backward()
+    return features.detach(), learned.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_text_encoder_computes_in_the_precision_of_its_weights(model, dtype):
+    """GalLoP's script calls backward behind autocast; inside, torch itself rounds, in the replaced code as well."""
+    ids, lengths = placeholders(4)
+    names, encoder = TOKENIZER(list(NAMES), context_length=77), SharedPrefixTextEncoder(model)
+    context = 0.3 * torch.randn(1, 4, 48)
+    for ours, theirs in (
+        (lambda learned: encoder.encode(learned, names), lambda learned: gallop_text(model, learned, names)),
+        (
+            lambda learned: encoder(coop_prompts(model, learned[0], ids, lengths), ids),
+            lambda learned: text_encoder(model, coop_prompts(model, learned[0], ids, lengths), ids),
+        ),
+    ):
+        expected, gradient = under_autocast(ours, context, None, False)
+        features, behind = under_autocast(ours, context, dtype, False)
+        assert features.dtype == torch.float32
+        assert torch.equal(features, expected)
+        assert torch.equal(behind, gradient)
+        inside, replaced = (under_autocast(one, context, dtype, True)[1] for one in (ours, theirs))
+        assert (inside - gradient).norm() <= (replaced - gradient).norm()
+
+
 def test_a_shared_context_is_encoded_once(model, monkeypatch):
     """Tokens that go through the tower: the prefix once, behind it the real tokens of the names."""
     from fastprompt.layers import text_encoder as module

@@ -5,17 +5,17 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from open_clip import SimpleTokenizer
 
 from benchmarks.peers import cocoop_context, conditional_logits, copl_context
 from fastprompt import CoOp, ImageFeatures, InputError
 from fastprompt.backbone import Backbone
 from fastprompt.learners import CoCoOp, CoPL
 from fastprompt.training import CachedSource, TrainingSettings, fit
+from tests.learners import support
+from tests.learners.support import LABELS
 from tests.models import make_backbone, make_clip
 
 NAMES = ("red fox", "polar bear", "cat", "very long name of a dog", "cat")
-LABELS = torch.tensor([1, 0, 3])
 LEARNED = {"context", "meta_net.linear1.weight", "meta_net.linear1.bias"} | {
     "meta_net.linear2.weight",
     "meta_net.linear2.bias",
@@ -47,7 +47,7 @@ def trained(method, backbone):
 
 def transcribed(learner, features):
     """Logits and loss image by image, 77 tokens, with leaf copies of the learned tensors."""
-    leaves = {name: value.detach().clone().requires_grad_() for name, value in learner.named_parameters()}
+    leaves = support.leaves_of(learner)
     context, *net = leaves.values()
     backbone = learner.backbone
     if isinstance(learner, CoPL):
@@ -55,7 +55,7 @@ def transcribed(learner, features):
         contexts = [copl_context(context, net, image) for image in patches]
     else:
         contexts = [cocoop_context(context, net, image) for image in features.pooled]
-    ids = SimpleTokenizer()([f"{name}." for name in NAMES], context_length=77)
+    ids = support.ids(f"{name}." for name in NAMES)
     logits = conditional_logits(backbone.model, contexts, features.pooled, ids, backbone.logit_scale)
     return logits, F.cross_entropy(logits, LABELS), leaves
 

@@ -22,8 +22,7 @@ def source_of(features, labels=LABELS):
 def test_equals_its_equations_in_float32(images):
     backbone = support.float32_backbone()
     features = backbone.encode_images(images)
-    learner = DualView(backbone, NAMES, templates=TEMPLATES, weight=0.5)
-    support.move(learner)
+    learner = support.moved(DualView(backbone, NAMES, templates=TEMPLATES, weight=0.5))
     learner.prepare(source_of(features, torch.tensor([1, 0, 1])))
     mix, labels = torch.tensor([0.3, 0.0, 0.5]), torch.tensor([1, 0, 1])
     scores = learner(features)
@@ -31,7 +30,7 @@ def test_equals_its_equations_in_float32(images):
     loss.backward()
 
     leaves = support.leaves_of(learner)
-    text = support.padded_text(backbone, leaves["context"])
+    text = support.padded_text(backbone, leaves["context"][None])[0]
     hand = F.normalize(sum(support.template_text(backbone, template) for template in TEMPLATES) / 2, dim=-1)
     logits = backbone.logit_scale * features.pooled @ F.normalize(text + hand, dim=-1).T
     mixed = []
@@ -75,7 +74,7 @@ def test_predictions_on_other_classes_use_their_templates(vit_backbone, images):
     other = DualView(vit_backbone, NAMES).with_class_names(["dog", "cat"])
     with torch.no_grad():
         both = F.normalize(
-            support.padded_text(vit_backbone, other.context.double(), ["dog", "cat"])
+            support.padded_text(vit_backbone, other.context.double()[None], ["dog", "cat"])[0]
             + support.template_text(vit_backbone, "a photo of a {}.", ["dog", "cat"]),
             dim=-1,
         )

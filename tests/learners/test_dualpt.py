@@ -9,25 +9,16 @@ import torch.nn.functional as F
 from fastprompt import CoOp, InputError
 from fastprompt.learners import PLOT, DuAlPT
 from fastprompt.learners.descriptions import encode_descriptions, load_descriptions
-
-from .transcribed_transport import (
-    LABELS,
-    NAMES,
-    assert_equal_to_1e_5,
-    encode,
-    float32_backbone,
-    ids,
-    leaves_of,
-    local_features,
-    moved,
-    transported,
-)
+from tests.learners import support
+from tests.learners.support import LABELS, NAMES, float32_backbone, ids
+from tests.learners.transcribed_transport import local_features, transported
 
 WORDS = {
     "red fox": ["It has a bushy tail.", "It is small, and its fur is red."],
     "polar bear": ["A large white bear."],
     "cat": ["Whiskers and pointed ears.", "A soft fur.", "It sleeps."],
     "very long name of a dog": ["A wet nose."],
+    "house": ["It has a roof."],
     "not of these classes": ["Something else."],
 }
 
@@ -48,17 +39,19 @@ def described(model):
 def test_equals_our_reading(vit_backbone, images, file):
     backbone = float32_backbone(vit_backbone)
     features = backbone.encode_images(images)
-    learner = moved(DuAlPT(backbone, NAMES, prompts=3, context=2, descriptions=file, weight=0.7))
-    leaves = leaves_of(learner)
-    text = encode(learner, leaves["contexts"], ".")
+    learner = support.moved(DuAlPT(backbone, NAMES, prompts=3, context=2, descriptions=file, weight=0.7))
+    leaves = support.leaves_of(learner)
+    text = support.padded_text(backbone, leaves["contexts"])
     mean, scale = F.normalize(text.mean(0), dim=-1), backbone.logit_scale
     of_patches = transported(local_features(learner, features), text)[1]
     logits = scale * (features.pooled @ mean.T + of_patches) / 2
     similar = mean @ described(backbone.model).T
     aligned = (1 - similar.diagonal()).mean() + F.cross_entropy(scale * similar, torch.arange(len(NAMES)))
     expected = F.cross_entropy(logits, LABELS) + 0.7 * aligned
+    expected.backward()
     scores = learner(features)
-    assert_equal_to_1e_5(scores, learner.loss(scores, LABELS), learner, logits, expected, leaves)
+    loss = learner.backward(scores, LABELS)
+    support.assert_equal_to_1e_5(learner, (scores.logits, loss), (logits, expected), leaves)
 
 
 def test_without_weight_it_is_coop_and_plot(vit_backbone, images):
@@ -118,7 +111,7 @@ def test_encoded_in_inference_mode_they_serve_training(vit_backbone, images, fil
         (None, "no such file"),
         ("{", "cannot be read as JSON"),
         ("[]", "expected {class name: .sentences.}, got a list"),
-        ('{"cat": ["x"]}', r"has no entry for class 'red fox' \(nor for 2 others\)"),
+        ('{"cat": ["x"]}', r"has no entry for class 'red fox' \(nor for 3 others\)"),
         (json.dumps(WORDS | {"cat": []}), r"expected at least one sentence for class 'cat', got \[\]"),
         (json.dumps(WORDS | {"cat": "a cat"}), "expected at least one sentence for class 'cat', got 'a cat'"),
         (json.dumps(WORDS | {"cat": ["a cat", " "]}), "expected at least one sentence for class 'cat'"),

@@ -15,13 +15,12 @@ TEMPLATE = "a photo of a {}, a type of pet."
 def test_equals_its_equations_in_float32(images):
     backbone = support.float32_backbone()
     features = backbone.encode_images(images)
-    learner = KgCoOp(backbone, NAMES, template=TEMPLATE, weight=3.0)
-    support.move(learner)
+    learner = support.moved(KgCoOp(backbone, NAMES, template=TEMPLATE, weight=3.0))
     scores = learner(features)
     loss = learner.backward(scores, LABELS)
 
     leaves = support.leaves_of(learner)
-    text = support.padded_text(backbone, leaves["context"])
+    text = support.padded_text(backbone, leaves["context"][None])[0]
     logits = backbone.logit_scale * features.pooled @ text.T
     distance = 1 - F.cosine_similarity(text, support.template_text(backbone, TEMPLATE)).mean()
     expected = F.cross_entropy(logits, LABELS) + 3.0 * distance

@@ -1,21 +1,19 @@
 """Learners against plain transcriptions of their equations, and the contract that all of them keep."""
 
-import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from open_clip import SimpleTokenizer
 
-from benchmarks.peers import encode_padded, gallop_dense
+from benchmarks.peers import gallop_dense
 from fastprompt import CoOp, GalLoP, ImageFeatures, InputError, ZeroShot, load_backbone, make_learner
 from fastprompt.learners import METHODS
-from tests.models import make_backbone
+from tests.learners import support
+from tests.learners.support import LABELS, ids
 
 NAMES = ("red fox", "polar bear", "cat", "very long name of a dog", "cat")
 K = (1, 3, 7)
-LABELS = torch.tensor([1, 0, 3])
 
 
 @pytest.fixture
@@ -26,24 +24,14 @@ def features(vit_backbone, images):
 @pytest.fixture
 def gallop(vit_backbone):
     """A GalLoP away from its start, in float64, so that no symmetry hides a mistake."""
-    learner = GalLoP(vit_backbone, NAMES, global_prompts=3, k=K, dropout=0.5).double()
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in learner.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    return learner
-
-
-def ids(names):
-    return SimpleTokenizer()(list(names), context_length=77)
+    return support.moved(GalLoP(vit_backbone, NAMES, global_prompts=3, k=K, dropout=0.5).double())
 
 
 def dense_gallop(learner, features, drawn):
     """GalLoP from its equations: 77 tokens, dense similarity, leaf copies of the learned tensors."""
-    leaves = {name: value.detach().clone().requires_grad_() for name, value in learner.named_parameters()}
-    visual = learner.backbone.model.visual
+    leaves, visual = support.leaves_of(learner), learner.backbone.model.visual
     contexts = torch.cat([leaves["global_prompts"], leaves["local_prompts"]])
-    text = encode_padded(learner.backbone.model, contexts, ids(NAMES))
+    text = support.padded_text(learner.backbone, contexts, NAMES, suffix="")
     local = F.normalize(features.patches @ leaves["local_projection"].T @ visual.proj, dim=-1)
     scale = learner.backbone.logit_scale
     return *gallop_dense(text, features.pooled, local, K, scale, LABELS, drawn), leaves
@@ -64,18 +52,15 @@ def test_gallop_equals_its_equations(gallop, features):
 
 
 def test_gallop_in_float32_equals_its_equations_to_1e_5(vit_backbone, images):
-    backbone = make_backbone(copy.deepcopy(vit_backbone.model).float())
+    backbone = support.float32_backbone(vit_backbone)
     features, drawn = backbone.encode_images(images), torch.tensor([[2], [0], [1]])
-    learner = GalLoP(backbone, NAMES, global_prompts=3, k=K)
+    learner = support.moved(GalLoP(backbone, NAMES, global_prompts=3, k=K))
     scores = learner(features)
     loss = learner.loss(scores, LABELS, drawn=drawn)
     loss.backward()
     logits, expected, leaves = dense_gallop(learner, features, drawn)
     expected.backward()
-    torch.testing.assert_close(scores.logits, logits, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
-    for name, parameter in learner.named_parameters():
-        torch.testing.assert_close(parameter.grad, leaves[name].grad, rtol=1e-5, atol=1e-5)
+    support.assert_equal_to_1e_5(learner, (scores.logits, loss), (logits, expected), leaves)
 
 
 def test_gallop_ood_scores_follow_gl_mcm(gallop, features):
@@ -161,6 +146,18 @@ def test_zero_shot_equals_open_clip(vit_backbone, features, template):
     torch.testing.assert_close(logits, vit_backbone.logit_scale * features.pooled @ text.T, rtol=0, atol=1e-9)
 
 
+def learned_by(loss):
+    """All tensors that ``loss.backward()`` leaves a gradient on."""
+    pending, seen, leaves = [loss.grad_fn], set(), set()
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            leaves |= {node.variable} if hasattr(node, "variable") else set()
+            pending += [before for before, _ in node.next_functions]
+    return leaves
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_only_learned_tensors_are_stored_and_trained(vit_backbone, features, method):
     learner = make_learner(method, vit_backbone, NAMES)
@@ -170,6 +167,7 @@ def test_only_learned_tensors_are_stored_and_trained(vit_backbone, features, met
         assert not list(learner.parameters())
         assert not learner.loss(learner(features), LABELS).requires_grad
         return
+    assert learned_by(learner.loss(learner(features), LABELS)) == set(learner.parameters())
     learner.backward(learner(features), LABELS)
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in learner.parameters())
     assert all(parameter.grad is None for parameter in vit_backbone.parameters())

@@ -13,13 +13,12 @@ from tests.learners.support import LABELS, NAMES
 def test_equals_its_equations_in_float32(images):
     backbone = support.float32_backbone()
     features = backbone.encode_images(images)
-    learner = LoCoOp(backbone, NAMES, top_share=0.4, weight=0.5)
-    support.move(learner)
+    learner = support.moved(LoCoOp(backbone, NAMES, top_share=0.4, weight=0.5))
     scores = learner(features)
     loss = learner.backward(scores, LABELS)
 
     leaves = support.leaves_of(learner)
-    text = support.padded_text(backbone, leaves["context"])
+    text = support.padded_text(backbone, leaves["context"][None])[0]
     scale = backbone.logit_scale
     logits = scale * features.pooled @ text.T
     local = F.normalize(features.patches @ backbone.model.visual.proj, dim=-1)

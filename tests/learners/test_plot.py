@@ -8,18 +8,9 @@ from fastprompt import ImageFeatures, InputError
 from fastprompt.learners import PLOT, transport
 from fastprompt.learners.transport import Transport, transport_similarity
 from tests.kernels.support import Seen
-
-from .transcribed_transport import (
-    LABELS,
-    NAMES,
-    assert_equal_to_1e_5,
-    encode,
-    float32_backbone,
-    leaves_of,
-    local_features,
-    moved,
-    transported,
-)
+from tests.learners import support
+from tests.learners.support import LABELS, NAMES
+from tests.learners.transcribed_transport import local_features, transported
 
 
 def draw(B=5, P=7, N=3, C=6, D=16):
@@ -33,11 +24,11 @@ def draw(B=5, P=7, N=3, C=6, D=16):
 
 @pytest.mark.parametrize("pooled", [False, True])
 def test_equals_its_equations(vit_backbone, images, pooled):
-    backbone = float32_backbone(vit_backbone)
+    backbone = support.float32_backbone(vit_backbone)
     features = backbone.encode_images(images)
-    learner = moved(PLOT(backbone, NAMES, prompts=3, context=2, pooled=pooled))
-    leaves = leaves_of(learner)
-    text = encode(learner, leaves["contexts"], ".", normalise=False)
+    learner = support.moved(PLOT(backbone, NAMES, prompts=3, context=2, pooled=pooled))
+    leaves = support.leaves_of(learner)
+    text = support.padded_text(backbone, leaves["contexts"], normalise=False)
     unit = F.normalize(text, dim=-1)
     logits = backbone.logit_scale * transported(local_features(learner, features), unit)[1]
     if pooled:
@@ -46,8 +37,9 @@ def test_equals_its_equations(vit_backbone, images, pooled):
         logits = logits + backbone.logit_scale * features.pooled @ mean.T
     torch.testing.assert_close(learner.mean_text(features)[0], unit.mean(0))
     scores = learner(features)
-    loss = learner.loss(scores, LABELS)
-    assert_equal_to_1e_5(scores, loss, learner, logits, F.cross_entropy(logits, LABELS), leaves)
+    loss, expected = learner.backward(scores, LABELS), F.cross_entropy(logits, LABELS)
+    expected.backward()
+    support.assert_equal_to_1e_5(learner, (scores.logits, loss), (logits, expected), leaves)
 
 
 def test_one_prompt_and_one_patch_make_a_cosine(vit_backbone, images):

@@ -34,12 +34,11 @@ def gradients(logits, teacher, labels, context):
 def test_equals_its_equations_in_float32(agree, images):
     backbone = support.float32_backbone()
     features = backbone.encode_images(images)
-    learner = ProGrad(backbone, NAMES, template=TEMPLATE, weight=0.8)
-    support.move(learner)
+    learner = support.moved(ProGrad(backbone, NAMES, zeros=2, template=TEMPLATE, weight=0.8))
     teacher = backbone.logit_scale * features.pooled @ support.template_text(backbone, TEMPLATE).T
     leaves = support.leaves_of(learner)
     context = leaves["context"]
-    logits = backbone.logit_scale * features.pooled @ support.padded_text(backbone, context).T
+    logits = backbone.logit_scale * features.pooled @ support.padded_text(backbone, context[None])[0].T
     for labels in map(torch.tensor, product(range(len(NAMES)), repeat=3)):
         wanted, known = gradients(logits, teacher, labels, context)
         if ((wanted * known).sum() > 0) == agree:
@@ -65,10 +64,33 @@ def test_with_weight_0_it_is_coop(vit_backbone, images):
 
 def test_recipes_start_from_the_words_of_their_template():
     recipe = find_recipe(ProGrad, "dtd")
-    assert recipe.options == {"context": "a texture of", "template": TEMPLATE, "weight": 0.8}
+    assert recipe.options == {"context": "a texture of", "zeros": 13, "template": TEMPLATE, "weight": 0.8}
     assert find_recipe(ProGrad, "imagenet").epochs == 50
 
 
-def test_a_negative_weight_is_refused(vit_backbone):
-    with pytest.raises(InputError, match="weight: expected a finite number of at least 0, got -1"):
-        ProGrad(vit_backbone, NAMES, weight=-1)
+@pytest.mark.parametrize("dataset", ["default", "dtd", "oxford_pets"])
+def test_the_context_of_a_recipe_is_zeros_and_words_as_published(dataset, vit_backbone):
+    """The published start: "X" times what is missing to 16 words, in front of the sentence; X are zeros."""
+    options = dict(find_recipe(ProGrad, dataset).options)
+    learner = ProGrad(vit_backbone, NAMES, **options)
+    words = options.get("context", "a photo of a")
+    tokens = support.ids([" ".join(["X"] * (16 - len(words.split(" "))) + [words])])[0]
+    assert len(learner.context) == tokens.argmax() - 1
+    zeros = (tokens[1 : tokens.argmax()] == support.ids(["X"])[0, 1]).tolist()
+    expected = vit_backbone.model.token_embedding(tokens[1 : tokens.argmax()]).detach()
+    expected[zeros] = 0
+    torch.testing.assert_close(learner.context.data, expected, check_dtype=False)
+    assert ProGrad(vit_backbone, NAMES, **learner.options).context.shape == learner.context.shape
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": -1}, "weight: expected a finite number of at least 0, got -1"),
+        ({"zeros": -1}, "zeros: expected at least 0 tokens, got -1"),
+        ({"zeros": 70}, "is too long"),
+    ],
+)
+def test_wrong_options_get_one_sentence(vit_backbone, options, message):
+    with pytest.raises(InputError, match=message):
+        ProGrad(vit_backbone, NAMES, **options)

@@ -7,31 +7,23 @@ from fastprompt_kernels import sinkhorn
 
 from fastprompt import InputError, load_backbone
 from fastprompt.learners import SOTGLP
-
-from .transcribed_transport import (
-    LABELS,
-    NAMES,
-    assert_equal_to_1e_5,
-    encode,
-    float32_backbone,
-    leaves_of,
-    moved,
-    transported,
-)
+from tests.learners import support
+from tests.learners.support import LABELS, NAMES
+from tests.learners.transcribed_transport import transported
 
 PATCHES, DRAWN = 5, torch.tensor([[2], [0], [1]])
 
 
 @pytest.fixture
 def learner(vit_backbone):
-    return moved(SOTGLP(float32_backbone(vit_backbone), NAMES, local_prompts=3, patches=PATCHES))
+    return support.moved(SOTGLP(support.float32_backbone(vit_backbone), NAMES, local_prompts=3, patches=PATCHES))
 
 
 def transcribed(learner, features):
     """Logits, loss, plans and leaf copies of the learned tensors."""
-    leaves, backbone = leaves_of(learner), learner.backbone
-    of_global = encode(learner, leaves["global_prompts"], "")
-    of_local = encode(learner, leaves["local_prompts"], "")
+    leaves, backbone = support.leaves_of(learner), learner.backbone
+    of_global = support.padded_text(backbone, leaves["global_prompts"], suffix="")
+    of_local = support.padded_text(backbone, leaves["local_prompts"], suffix="")
     projected = features.patches @ leaves["local_projection"].T @ backbone.model.visual.proj
     plan, scores = transported(F.normalize(projected, dim=-1), of_local, PATCHES)
     scores = scores / 3  # a mean over prompts of sums over patches
@@ -46,8 +38,10 @@ def test_equals_its_equations(learner, images):
     features = learner.backbone.encode_images(images)
     scores = learner(features)
     loss = learner.loss(scores, LABELS, drawn=DRAWN)
+    loss.backward()
     logits, expected, plan, leaves = transcribed(learner, features)
-    assert_equal_to_1e_5(scores, loss, learner, logits, expected, leaves)
+    expected.backward()
+    support.assert_equal_to_1e_5(learner, (scores.logits, loss), (logits, expected), leaves)
     torch.testing.assert_close(plan.sum((2, 3)), torch.ones(3, len(NAMES)))
 
 
