@@ -54,7 +54,8 @@ def build(shape: Shape, device: torch.device) -> Case:
 
     def exact(length: int, prompts: int, classes: int) -> tuple[Tensor, Tensor]:
         encode = _padded(deepcopy(model).float(), ids[:classes, :length])  # the same weights in float32
-        return _forward_backward(_in_turn(encode), context[:prompts], weights[:prompts, :classes])
+        alone = ((context[g, None], weights[g, None, :classes]) for g in range(prompts))  # one graph at a time
+        return tuple(map(torch.cat, zip(*(_forward_backward(encode, *one) for one in alone), strict=True)))
 
     def peer(encode: Encode) -> partial:
         in_turn = _in_turn(lambda contexts: encode(contexts.to(backbone.dtype)))
