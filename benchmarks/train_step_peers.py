@@ -107,5 +107,6 @@ def gallop_step(
         pooled = F.normalize((visual.ln_post(x[:, 0]) @ visual.proj).float(), dim=-1)
         patches = visual.ln_post(values[:, 1:])
     local = F.normalize((F.linear(patches, projection.to(dtype)) @ visual.proj).float(), dim=-1)
-    text = encode_padded(tower, contexts.to(dtype), task.ids).float().repeat_interleave(task.copies, dim=0)
+    in_turn = [encode_padded(tower, one[None], task.ids) for one in contexts.to(dtype)]  # as GalLoP's code does
+    text = torch.cat(in_turn).float().repeat_interleave(task.copies, dim=0)
     return gallop_dense(text, pooled, local, task.k, task.scale, task.labels, task.drawn)
