@@ -22,6 +22,7 @@ from benchmarks import (
     results,
     step_profile,
     text_encoder,
+    text_memory,
     topk_similarity,
     train_step,
 )
@@ -64,8 +65,11 @@ class Measure:
 class TextEncoder(Measure):
     """Text features of all classes with gradients to the contexts: encode_prompts beside padded passes.
 
-    The 77-token pass of 4 x 100 prompts took 11.5 GB of memory beyond its inputs.
+    Padded passes are timed on a part of their sequences, which is checked, and their time is multiplied.
     """
+
+    memory: bool = False
+    """Weigh instead: rows in text_encoder_memory.csv, where all passes do the whole work. Needs 20 GB of memory."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +187,16 @@ def run(benchmark: Benchmark, options: Measure) -> None:
         tqdm.write(f"\n{results.table(benchmark, shape, measured).to_text()}")
 
 
+def weigh(options: TextEncoder) -> None:
+    """Weigh the text passes; rows are written and a table is printed after each shape."""
+    device, file = _device(options.device), options.out / "text_encoder_memory.csv"
+    shapes = text_memory.SHAPES[device.type]
+    for shape in tqdm(shapes[:1] if options.quick else shapes, desc="shapes", disable=None):
+        memory = text_memory.weigh(shape, device)
+        text_memory.write(shape, device, memory, file)
+        tqdm.write(f"\n{text_memory.table(shape, memory).to_text()}")
+
+
 def profile(options: TrainStep) -> None:
     """Profile our training step in every precision; rows are written and a table is printed after each."""
     device, file = _device(options.device), options.out / "train_step_profile.csv"
@@ -222,6 +236,8 @@ def main() -> int:
     )
     try:
         match command:
+            case TextEncoder(memory=True):
+                weigh(command)
             case TextEncoder():
                 run(text_encoder.BENCHMARK, command)
             case TrainStep(profile=True):

@@ -7,8 +7,9 @@ what counts is their ratio. Peak memory is measured in a fresh process for each.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -34,6 +35,23 @@ class UnavailableError(Exception):
 
 
 @dataclass(frozen=True)
+class AsRounded:
+    """A tolerance for low precision, in which nobody can say beforehand how far rounding carries.
+
+    Another implementation in the same precision says it: no result may be more than ``FACTOR`` times as far from the
+    truth as its own. That it computes the right thing is seen in float32, where the tolerance is a number. An error
+    that one rounding of bfloat16 can make is never too large: a single number, like a loss, can be right by chance.
+
+    Attributes:
+        by: name of that implementation.
+    """
+
+    by: str
+    FACTOR: ClassVar[float] = 2.0
+    ONE_ROUNDING: ClassVar[float] = torch.finfo(torch.bfloat16).eps
+
+
+@dataclass(frozen=True)
 class Case:
     """One workload on one device.
 
@@ -42,24 +60,25 @@ class Case:
             Its first call may compile, or raise UnavailableError: it is left out then.
         baseline: the one whose time is the unit of the ratios.
         truth: computes what the results must be; it is not timed.
-        tolerance: largest relative error ``norm(x - truth) / norm(truth)`` of any result.
+        tolerance: largest relative error ``norm(x - truth) / norm(truth)`` of any result, or who says how large.
         floors: by name, the least work that such a computation must do; timed with the others, never checked.
         calls: calls that are timed together, for what takes microseconds.
         units: by name, how much one call computes (images, say) where implementations differ in that; 1 by default.
             Times are those of one unit, memory is that of a whole call.
-        shares: by name, n for an implementation that does the first n-th of the work only, because the whole would
-            take minutes: its time is multiplied by n, its memory is not. The truth is such a share, too, and results
-            are compared with it as far as it goes along the first axis.
+        shares: by name, n for an implementation that does an n-th of the work only, because the whole would take
+            minutes: its time is multiplied by n. It is not weighed, for the memory of a part says little.
+        truth_of_shares: what the results of those must be, where that is not the truth of all.
     """
 
     implementations: Mapping[str, Implementation]
     baseline: str
     truth: Implementation
-    tolerance: float
+    tolerance: float | AsRounded
     floors: Mapping[str, Callable[[], object]] = field(default_factory=dict)
     calls: int = 1
     units: Mapping[str, int] = field(default_factory=dict)
-    shares: Mapping[str, int] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=dict)
+    truth_of_shares: Implementation | None = None
 
 
 Build = Callable[[Shape, torch.device], Case]
@@ -97,7 +116,7 @@ class Measurement:
     Attributes:
         median, p20, p80: milliseconds of one unit, which is one call unless the case says otherwise.
         rounds: how often it was timed.
-        memory: at the worst moment; None where the system does not tell, and for floors.
+        memory: at the worst moment; None where the system does not tell, for floors, and for a share of the work.
         baseline: the implementation whose time is the unit of the ratio.
         ratio: median time of the baseline over its own: how many times faster it is.
         over_floor: its own median time over that of the slowest floor; None where there is no floor.
@@ -135,7 +154,7 @@ def measure(benchmark: Benchmark, shape: Shape, device: torch.device, quick: boo
     times = time_interleaved(case, device, QUICK_SECONDS if quick else SECONDS)
     median = {name: float(np.median(values)) for name, values in times.items()}
     floor = max((median[name] for name in case.floors), default=None)
-    measurements = {}
+    measurements, unweighed = {}, {*case.floors, *case.shares}
     for name, values in tqdm(times.items(), desc="peak memory", leave=False, disable=None):
         p20, p80 = np.percentile(values, [20, 80])
         measurements[name] = Measurement(
@@ -143,7 +162,7 @@ def measure(benchmark: Benchmark, shape: Shape, device: torch.device, quick: boo
             float(p20),
             float(p80),
             len(values),
-            None if name in case.floors else peak_memory(benchmark.build, shape, device, name),
+            None if name in unweighed else peak_memory(benchmark.build, shape, device, name),
             case.baseline,
             median[case.baseline] / median[name],
             None if floor is None else median[name] / floor,
@@ -161,8 +180,9 @@ def check(case: Case) -> tuple[dict[str, float], dict[str, str]]:
     Raises:
         WrongResultError: names the implementation, its error and the tolerance.
     """
-    truth = [tensor.double() for tensor in case.truth()]
-    first_calls, left_out = {}, {}
+    truth = _in_double(case.truth)
+    of_shares = truth if case.truth_of_shares is None else _in_double(case.truth_of_shares)
+    first_calls, left_out, errors = {}, {}, {}
     for name, implementation in tqdm(case.implementations.items(), desc="check", leave=False, disable=None):
         start = time.perf_counter()
         try:
@@ -170,23 +190,37 @@ def check(case: Case) -> tuple[dict[str, float], dict[str, str]]:
         except UnavailableError as error:
             left_out[name] = str(error)
             continue
-        if case.shares:
-            results = tuple(got[: len(expected)] for got, expected in zip(results, truth, strict=True))
-        _compare(name, results, truth, case.tolerance)  # this waits for the device
+        errors[name] = _errors(name, results, of_shares if name in case.shares else truth)  # waits for the device
         first_calls[name] = time.perf_counter() - start
+    _judge(errors, case.tolerance)
     return first_calls, left_out
 
 
-def _compare(name: str, results: tuple[Tensor, ...], truth: list[Tensor], tolerance: float) -> None:
+def _in_double(implementation: Implementation) -> list[Tensor]:
+    return [tensor.double() for tensor in implementation()]
+
+
+def _errors(name: str, results: tuple[Tensor, ...], truth: list[Tensor]) -> list[float]:
+    """The relative error of each result."""
+    errors = []
     for index, (got, expected) in enumerate(zip(results, truth, strict=True)):
         if got.shape != expected.shape:
             raise WrongResultError(f"{name}: result {index} has shape {got.shape}, expected {expected.shape}")
-        error = ((got.double() - expected).norm() / expected.norm()).item()
-        if not error <= tolerance:  # NaN is refused too
-            raise WrongResultError(
-                f"{name}: result {index} is {error:.1e} (relative) away from the truth; "
-                f"at most {tolerance:.0e} is rounding"
-            )
+        errors.append(((got.double() - expected).norm() / expected.norm()).item())
+    return errors
+
+
+def _judge(errors: Mapping[str, Sequence[float]], tolerance: float | AsRounded) -> None:
+    for name, of_results in errors.items():
+        for index, error in enumerate(of_results):
+            largest = tolerance
+            if isinstance(tolerance, AsRounded):
+                largest = max(tolerance.FACTOR * errors[tolerance.by][index], tolerance.ONE_ROUNDING)
+            if not error <= largest:  # NaN is refused too
+                raise WrongResultError(
+                    f"{name}: result {index} is {error:.1e} (relative) away from the truth; "
+                    f"at most {largest:.0e} is rounding"
+                )
 
 
 def time_interleaved(case: Case, device: torch.device, seconds: float) -> dict[str, list[float]]:

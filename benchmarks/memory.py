@@ -6,11 +6,14 @@ import ctypes
 import multiprocessing
 import platform
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
+from fastprompt.errors import InputError
 
 if TYPE_CHECKING:
     from benchmarks.measure import Build, Shape
@@ -35,6 +38,9 @@ def peak_memory(build: Build, shape: Shape, device: torch.device, implementation
     """Peak memory of one implementation; None where the system does not tell.
 
     Every implementation has a process of its own. Where there is a fork server they share its imports, not its memory.
+
+    Raises:
+        InputError: that process was killed.
     """
     if device.type != "cuda" and platform.libc_ver()[0] != "glibc":
         return None
@@ -43,7 +49,13 @@ def peak_memory(build: Build, shape: Shape, device: torch.device, implementation
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     context.set_forkserver_preload([build.__module__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        peak, results = pool.submit(_peak_here, build, shape, device, implementation).result()
+        try:
+            peak, results = pool.submit(_peak_here, build, shape, device, implementation).result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"{implementation}: its process was killed while it was weighed, probably because this machine has "
+                f"too little free memory for {dict(shape)}"
+            ) from error
     return Memory(peak / MB, max(peak - results, 0) / MB)
 
 

@@ -25,7 +25,9 @@ def compiled(function: Callable[..., object]) -> Callable[..., object]:
         try:
             return prepare()(*args)
         except torch._dynamo.exc.BackendCompilerFailed as error:  # no public name
-            raise UnavailableError(f"torch.compile failed: {str(error).strip().splitlines()[0]}") from error
+            reason = str(error).strip().splitlines()[0]
+            hint = "on a CPU it needs g++, or the C++ compiler that the environment variable CXX names"
+            raise UnavailableError(f"torch.compile failed: {reason}; {hint}") from error
 
     return run
 

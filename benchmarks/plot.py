@@ -36,11 +36,11 @@ def draw_growth(benchmark: Benchmark, folder: Path) -> list[Path]:
         InputError: there is no such file, or no parameter takes two values while the others stay equal.
     """
     rows = read_rows(folder / f"{benchmark.name}.csv")
-    shape = list(benchmark.shapes["cpu"][0])
+    shape = [name for name in benchmark.shapes["cpu"][0] if name not in benchmark.labels]
     written = []
     for picture in dict.fromkeys(_picture(row) for row in rows):
         of_picture = [row for row in rows if _picture(row) == picture]
-        found = [(axis, swept) for axis in benchmark.sweeps if (swept := _swept(benchmark, shape, axis, of_picture))]
+        found = [(axis, swept) for axis in benchmark.sweeps if (swept := _swept(shape, axis, of_picture))]
         if found:
             slug = re.sub(r"[^a-z0-9]+", "-", " ".join(filter(None, picture)).lower()).strip("-")
             path = folder / f"{benchmark.name}-{slug}.png"
@@ -56,12 +56,12 @@ def _picture(row: dict[str, str]) -> tuple[str, ...]:
     return row["device"], row["dtype"], row.get("pass", "")
 
 
-def _swept(benchmark: Benchmark, shape: list[str], axis: str, rows: Rows) -> Rows:
+def _swept(shape: list[str], axis: str, rows: Rows) -> Rows:
     """The rows in which the axis takes most values while all else stays equal; none if it takes one only.
 
     Of several such groups the one whose rows are the newest, the oldest of them compared.
     """
-    fixed = ["threads", *(name for name in shape if name not in (axis, *benchmark.labels))]
+    fixed = ["threads", *(name for name in shape if name != axis)]
     groups: dict[tuple[str, ...], Rows] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in fixed), []).append(row)
@@ -91,7 +91,7 @@ def _figure(title: str, shape: list[str], found: list[tuple[str, Rows]]) -> Figu
         if column == "over_floor":  # once all panels of the line have had their say about its upper end
             line[0].set_ylim(bottom=0)
     for axes, (axis, rows) in zip(panels[0], found, strict=True):
-        others = [name for name in shape if name not in ("dtype", "pass", "names", axis)]
+        others = [name for name in shape if name not in ("dtype", "pass", axis)]
         axes.set_title(", ".join(f"{name}={rows[-1][name]}" for name in others), fontsize=8, color=INK)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False,
                   fontsize=8, labelcolor=INK)  # fmt: skip

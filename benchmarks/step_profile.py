@@ -180,7 +180,7 @@ def _rows(work: Workload, images: int) -> Callable[[], ImageFeatures]:
 
 def write(shape: Shape, device: torch.device, profiles: Sequence[Profile], file: Path) -> None:
     """Append one row a part to a CSV file."""
-    fixed = {**results.setting(device), **shape}
+    fixed = {**results.setting(device), **{name: value for name, value in shape.items() if name != "share"}}  # of peers
     rows = []
     for one in profiles:
         for part, took in {**one.parts, "step": one.step}.items():

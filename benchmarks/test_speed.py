@@ -16,7 +16,7 @@ SMALL = {
     ),
     "patch_statistics": around({"dtype": "float32", "pass": "", "B": 4, "P": 196, "D": 512, "C": 47}, {}),
     "call_overhead": call_overhead.BENCHMARK.shapes["cpu"],
-    "text_encoder": ({"dtype": "float32", "G": 2, "M": 4, "C": 47, "names": "DTD"},),
+    "text_encoder": ({"dtype": "float32", "G": 2, "M": 4, "C": 47, "names": "DTD", "sequences": 94},),
     "train_step": ({"dtype": "float32", "B": 4, "C": 47, "names": "DTD", "share": 4},),
     "conditional": ({"dtype": "float32", "method": "cocoop", "B": 2, "C": 47, "names": "DTD"},),
 }

@@ -12,7 +12,7 @@ import open_clip
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Benchmark, Case, Shape
+from benchmarks.measure import AsRounded, Benchmark, Case, Shape
 from benchmarks.optional import compiled
 from benchmarks.peers import first_positions
 from benchmarks.text_encoder import NAMES, PRECISIONS
@@ -34,11 +34,9 @@ MODEL = "ViT-B-16-quickgelu"
 LARGEST = max(NAMES, key=lambda names: len(NAMES[names]))
 
 # Relative error of logits, loss and gradients, from clean PyTorch in float32 on the same weights. In float32 a patch
-# can be selected instead of another one because their similarities differ by rounding. In bfloat16, with random
-# weights, logits were 8e-3 away, but the gradient of the projection in the 77-token passes 1.3e-1 with one thread and
-# 2.7e-1 with two; why is not established. So what is wrong is found in float32, where the same code runs; in bfloat16
-# only what is grossly wrong is.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-1}
+# can be selected instead of another one because their similarities differ by rounding. In bfloat16 many are: the clean
+# pass was 8e-3 away with its logits, and 2.7e-1 with the gradient of the projection.
+TOLERANCE = {"float32": 1e-3, "bfloat16": AsRounded(CLEAN)}
 
 # The settings of GalLoP's recipe but for the rate, which is 0: every call then computes the same.
 SGD = partial(torch.optim.SGD, lr=0.0, momentum=0.9, weight_decay=1e-2)
@@ -161,11 +159,11 @@ def _ours(work: Workload, features: Callable[[], ImageFeatures]) -> Callable[[],
 
 _CPU = {"dtype": "float32", "B": 8, "C": 47, "names": "DTD", "share": 4}
 _GPU = {"dtype": "bfloat16", "B": 128, "C": len(NAMES[LARGEST]), "names": LARGEST, "share": 4}
-_CPU_SHAPES = tuple({**_CPU, "dtype": dtype, "B": images} for dtype in PRECISIONS for images in (8, 32))
+_CPU_SHAPES = (_CPU, {**_CPU, "B": 32}, {**_CPU, "dtype": "bfloat16"})
 _GPU_SHAPES = tuple({**_GPU, "B": images} for images in (128, 512, 2048))
 
 PROFILED = {
-    "cpu": tuple(shape for shape in _CPU_SHAPES if shape["B"] == 8),
+    "cpu": tuple({**_CPU, "dtype": dtype} for dtype in PRECISIONS),
     "cuda": _GPU_SHAPES[:1],
 }
 

@@ -1,6 +1,7 @@
 """The instrument itself: what it refuses, what it writes, and whether it weighs right."""
 
 import csv
+import platform
 from dataclasses import replace
 from itertools import product
 
@@ -10,6 +11,7 @@ import torch
 import benchmarks.__main__ as cli
 from benchmarks.__main__ import main
 from benchmarks.measure import (
+    AsRounded,
     Benchmark,
     Case,
     Measured,
@@ -23,7 +25,7 @@ from benchmarks.measure import (
 from benchmarks.memory import Memory, peak_memory
 from benchmarks.results import append, table
 from fastprompt.errors import InputError
-from tests.benchmarks.workloads import MEGABYTES, RESULT_MEGABYTES, build_large, build_waiting
+from tests.benchmarks.workloads import MEGABYTES, RESULT_MEGABYTES, build_killed, build_large, build_waiting
 
 CPU = torch.device("cpu")
 SHAPE = {"dtype": "float32", "B": 2, "C": 3}
@@ -47,6 +49,40 @@ def test_a_wrong_result_is_refused(result, message):
     case = Case({"wrong": lambda: (result,)}, baseline="wrong", truth=lambda: (truth,), tolerance=1e-4)
     with pytest.raises(WrongResultError, match=message):
         check(case)
+
+
+@pytest.mark.parametrize(
+    ("peer", "got", "refused"),
+    [(1.02, 1.039, False), (1.02, 1.041, True), (1.0, 1.007, False), (1.0, 1.009, True), (torch.nan, 1.0, True)],
+)
+def test_in_low_precision_a_peer_says_how_far_rounding_carries(peer, got, refused):
+    """Twice the error of the peer, at least one rounding of bfloat16, 0.0078."""
+    runs = {"peer": lambda: (torch.tensor([peer]),), "got": lambda: (torch.tensor([got]),)}
+    case = Case(runs, baseline="peer", truth=lambda: (torch.ones(1),), tolerance=AsRounded("peer"))
+    if refused:
+        with pytest.raises(WrongResultError, match="peer: " if peer != peer else "got: "):
+            check(case)
+    else:
+        assert list(check(case)[0]) == ["peer", "got"]
+
+
+def test_a_share_of_the_work_has_a_truth_of_its_own_and_is_not_weighed(monkeypatch):
+    monkeypatch.setattr("benchmarks.measure.SECONDS", 0.0)
+    weighed = []
+    monkeypatch.setattr("benchmarks.measure.peak_memory", lambda build, shape, device, name: weighed.append(name))
+    whole, part = torch.ones(8, 2), torch.ones(3)
+    case = Case(
+        {"whole": lambda: (whole,), "part": lambda: (part,)},
+        baseline="part",
+        truth=lambda: (whole,),
+        truth_of_shares=lambda: (part,),
+        tolerance=1e-6,
+        shares={"part": 5.5},
+    )
+    measured = measure(replace(BENCHMARK, build=lambda shape, device: case), SHAPE, CPU).measurements
+    assert weighed == ["whole"] and measured["part"].memory is None
+    with pytest.raises(WrongResultError, match="part: result 0 has shape"):
+        check(replace(case, truth_of_shares=None))
 
 
 def test_what_cannot_run_here_is_left_out_with_its_reason():
@@ -85,10 +121,10 @@ def test_ratios_are_those_of_the_times(monkeypatch):
     assert measured["floor: low"].median < floor.median and floor.first_call is None
 
 
-def test_times_are_those_of_a_unit():
-    case = replace(build_waiting(SHAPE, CPU), units={"slow": 8})
+def test_times_are_those_of_a_unit_and_of_the_whole():
+    case = replace(build_waiting(SHAPE, CPU), units={"slow": 8}, shares={"quick": 2.5})
     times = time_interleaved(case, CPU, seconds=0.1)
-    assert 10 <= min(times["slow"]) < 15 and 20 <= min(times["quick"]) < 30
+    assert 10 <= min(times["slow"]) < 15 and 50 <= min(times["quick"]) < 75
 
 
 def test_peak_memory_sees_what_is_allocated_for_a_moment():
@@ -97,6 +133,13 @@ def test_peak_memory_sees_what_is_allocated_for_a_moment():
         pytest.skip("peak memory is measured on Linux with glibc only")
     assert 0.8 * MEGABYTES < memory.extra < 1.2 * MEGABYTES
     assert 0.8 * RESULT_MEGABYTES < memory.beyond_inputs - memory.extra < 1.2 * RESULT_MEGABYTES
+
+
+def test_a_process_without_enough_memory_is_reported():
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("peak memory is measured on Linux with glibc only")
+    with pytest.raises(InputError, match=r"killed: its process was killed .* too little free memory"):
+        peak_memory(build_killed, SHAPE, CPU, "killed")
 
 
 def test_rows_are_appended_and_never_overwritten(tmp_path):

@@ -82,6 +82,7 @@ def test_a_profile_is_written_and_drawn(monkeypatch, tmp_path):
     file = tmp_path / "train_step_profile.csv"
     step_profile.write(SHAPE, CPU, profiles, file)
     rows = read_rows(file)
+    assert list(rows[0])[-4:] == ["features", "part", "median_ms", "share"]
     assert [row["part"] for row in rows] == [*step_profile.PARTS, "step"] * 2
     assert float(rows[8]["median_ms"]) == pytest.approx(profiles[0].step, abs=1e-3)
     assert sum(float(row["share"]) for row in rows[:8]) == pytest.approx(profiles[0].explained, abs=1e-3)

@@ -1,5 +1,7 @@
 """Workloads of known cost. Fresh processes import this module, so it imports little."""
 
+import os
+import signal
 import time
 
 import torch
@@ -35,3 +37,9 @@ def build_large(shape, device):
         return (result,)
 
     return Case({"large": run}, "large", run, 1e-6)
+
+
+def build_killed(shape, device):
+    """One whose process ends as where memory runs out."""
+    run = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+    return Case({"killed": run}, "killed", run, 1e-6)
