@@ -1,16 +1,19 @@
-"""Peers that may be missing: compiled code needs a C++ compiler, KeOps must be installed."""
+"""Peers that may be missing: compiled code needs a C++ compiler, KeOps and xformers must be installed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib.util import find_spec
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from fastprompt_kernels import prefix_attention
 from torch import Tensor
 
 from benchmarks.measure import UnavailableError
+from fastprompt.backbone import shared_prefix
 
 
 def compiled(function: Callable[..., object]) -> Callable[..., object]:
@@ -28,6 +31,23 @@ def compiled(function: Callable[..., object]) -> Callable[..., object]:
             reason = str(error).strip().splitlines()[0]
             hint = "on a CPU it needs g++, or the C++ compiler that the environment variable CXX names"
             raise UnavailableError(f"torch.compile failed: {reason}; {hint}") from error
+
+    return run
+
+
+def by_xformers(function: Callable[..., object]) -> Callable[..., object]:
+    """A function, forward and backward, whose text tower attends by xformers.
+
+    The function returned raises UnavailableError where xformers cannot run.
+    """
+
+    def run(*args: object) -> object:
+        attention = partial(prefix_attention, impl="xformers")
+        try:
+            with mock.patch.object(shared_prefix, "prefix_attention", attention):
+                return function(*args)
+        except ValueError as error:
+            raise UnavailableError(str(error)) from error
 
     return run
 

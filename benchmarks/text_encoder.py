@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.class_names import CALTECH, DTD
 from benchmarks.measure import AsRounded, Benchmark, Case, Shape
-from benchmarks.optional import compiled
+from benchmarks.optional import by_xformers, compiled
 from benchmarks.peers import encode_padded, first_positions
 from fastprompt.backbone import load_backbone
 
@@ -26,6 +26,7 @@ NAMES = {
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 PADDED, COMPILED, TRUNCATED, OURS = "77 tokens", "77 tokens, torch.compile", "longest name", "fastprompt"
+XFORMERS = "fastprompt, xformers"
 
 # Relative error of features and gradients through 12 blocks; a token too many or too few changes the first digits.
 TOLERANCE = {"float32": 1e-4, "bfloat16": AsRounded(PADDED)}
@@ -70,7 +71,7 @@ def build(shape: Shape, device: torch.device) -> Case:
     ours = partial(_forward_backward, partial(backbone.encode_prompts, class_tokens=class_tokens), context, weights)
     share = shape["G"] * shape["C"] / shape["sequences"]
     return Case(
-        {**peers, OURS: ours},
+        {**peers, OURS: ours, XFORMERS: by_xformers(ours)},
         baseline=PADDED,
         truth=partial(exact, needed, shape["G"], shape["C"]),
         truth_of_shares=partial(exact, backbone.context_length, prompts, classes),
@@ -115,5 +116,5 @@ BENCHMARK = Benchmark(
     quick_shapes={"cpu": _SHAPES[:1], "cuda": _SHAPES[:1]},
     sweeps=("C",),
     labels=("names", "sequences"),
-    implementations=(PADDED, COMPILED, TRUNCATED, OURS),
+    implementations=(PADDED, COMPILED, TRUNCATED, OURS, XFORMERS),
 )
