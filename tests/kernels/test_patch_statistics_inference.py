@@ -1,4 +1,4 @@
-"""patch_statistics without gradients: logits along the patches where they are the shorter axis, and no entropy."""
+"""patch_statistics without gradients, with the entropy and without it."""
 
 from dataclasses import replace
 from math import log

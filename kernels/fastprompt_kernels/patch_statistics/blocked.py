@@ -54,7 +54,7 @@ def forward(
     chunks, tiles = _tiles(patches, prompts, TILE_BYTES)
     # One tile each for logits that are still needed, for differences and for their exponentials if both are.
     count = (labels is not None or keep) + 1 + entropy
-    memory = _memory(prompts, chunks[0], P, tiles[0], count, along_patches=C >= P and not keep)
+    memory = _memory(prompts, chunks[0], P, tiles[0], count)
     found = []
     for images in chunks:
         own_labels = None if labels is None else labels[images]
@@ -126,7 +126,7 @@ def backward(
     of_prompts = prompts.new_zeros(prompts.shape if wanted[1] else 0, dtype=dtype)
     texts = prompts.to(dtype)
     chunks, tiles = _tiles(patches, texts, GRAD_TILE_BYTES)
-    memory = _memory(texts, chunks[0], P, tiles[0], 2, along_patches=False)
+    memory = _memory(texts, chunks[0], P, tiles[0], 2)
     for images in chunks:
         rows, statistics = patches[images].to(dtype), (logsumexp[images], entropy[images], largest[images])
         own_grads = [grad[images] for grad in grads]
@@ -156,16 +156,10 @@ def _tiles(patches: Tensor, prompts: Tensor, largest: int) -> tuple[list[slice],
     ]
 
 
-def _memory(like: Tensor, images: slice, P: int, classes: slice, count: int, along_patches: bool) -> list[Tensor]:
-    """Room for some tiles of logits (images, P, classes), none of which is larger than the first.
-
-    Along the patches, those of one class lie side by side: the product is faster where that is the shorter axis, and
-    sums over classes are sums of vectors.
-    """
-    B, C = images.stop - images.start, classes.stop - classes.start
-    if along_patches:
-        return [like.new_empty(B, C, P).mT for _ in range(count)]
-    return [like.new_empty(B, P, C) for _ in range(count)]
+def _memory(like: Tensor, images: slice, P: int, classes: slice, count: int) -> list[Tensor]:
+    """Room for some tiles of logits (images, P, classes), none of which is larger than the first."""
+    size = images.stop - images.start, P, classes.stop - classes.start
+    return [like.new_empty(size) for _ in range(count)]
 
 
 def _part(memory: Tensor, like: Tensor) -> Tensor:
@@ -180,10 +174,7 @@ def _logits(rows: Tensor, prompts: Tensor, scale: float, memory: Tensor) -> Tens
     The scale comes last: in the product it would set equal sums of different terms apart.
     """
     logits = memory[: len(rows), :, : len(prompts)]
-    if logits.stride(-1) == 1:
-        torch.bmm(rows, prompts.mT.expand(len(rows), -1, -1), out=logits)
-    else:
-        torch.bmm(prompts.expand(len(rows), -1, -1), rows.mT, out=logits.mT)
+    torch.bmm(rows, prompts.mT.expand(len(rows), -1, -1), out=logits)
     return logits if scale == 1 else logits.mul_(scale)
 
 
