@@ -34,8 +34,8 @@ def score_best(patches: Tensor, prompts: Tensor) -> tuple[Tensor]:
 
 
 def score_fastprompt(patches: Tensor, prompts: Tensor, impl: str = "auto") -> tuple[Tensor]:
-    """The same from patch_statistics."""
-    statistics = patch_statistics(patches, prompts, impl=impl)
+    """The same from patch_statistics, without the entropy."""
+    statistics = patch_statistics(patches, prompts, entropy=False, impl=impl)
     return ((statistics.maximum - statistics.logsumexp).exp(),)
 
 

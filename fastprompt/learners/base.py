@@ -219,7 +219,7 @@ def _largest_patch_probability(patches: Tensor, text: Tensor) -> Tensor:
     """Largest softmax probability (B,) over patches (B, P, D) and classes, text (C, D) or (B, C, D)."""
     if text.dim() == 3:
         return torch.cat([_largest_patch_probability(*image) for image in zip(patches.split(1), text, strict=True)])
-    statistics = patch_statistics(patches, text)
+    statistics = patch_statistics(patches, text, entropy=False)
     return (statistics.maximum - statistics.logsumexp).amax(dim=1).exp()
 
 

@@ -35,7 +35,7 @@ def on_all_cores(
 ) -> None:
     """Call the function for every tile; on a processor in one thread a core, each of which computes alone.
 
-    With little to do the calling thread does it: waking others takes a tenth of a millisecond.
+    With little to do the calling thread does it: waking others takes longer.
 
     Torch's own threads would meet in every operation, which costs more than a small tile takes. Scratch memory is
     taken here, because what a thread takes for itself stays with it.

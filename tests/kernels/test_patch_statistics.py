@@ -231,12 +231,13 @@ def test_gradients_that_float16_cannot_hold_on_the_way(size):
 
 
 class Seen(TorchDispatchMode):
-    """Notes the shapes of what the operators of patch_statistics return, and the sizes of all that is made."""
+    """Notes the shapes of what the operators of patch_statistics return, sizes and addresses of all that is made."""
 
     def __init__(self):
         super().__init__()
         self.shapes = {}
         self.sizes = []
+        self.places = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -244,6 +245,7 @@ class Seen(TorchDispatchMode):
             t for t in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(t, torch.Tensor)
         ]
         self.sizes += [tensor.numel() for tensor in tensors if tensor.is_floating_point()]
+        self.places += [(tensor.data_ptr(), tensor.numel()) for tensor in tensors]
         if func.name().startswith("fastprompt::"):
             self.shapes[func.name()] = [tuple(tensor.shape) for tensor in tensors]
         return result

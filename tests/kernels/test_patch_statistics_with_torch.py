@@ -34,9 +34,11 @@ def assert_same(actual, expected, patches, prompts, grads):
 def test_opcheck(impl, dtype):
     patches, prompts, labels, grads = make_inputs(dtype=dtype)
     patches, prompts = patches.detach(), prompts.detach()
-    arguments = (patches, prompts, 0.5, labels, True, impl)
+    arguments = (patches, prompts, 0.5, labels, True, True, impl)
     torch.library.opcheck(torch.ops.fastprompt.patch_statistics.default, arguments)
-    torch.library.opcheck(torch.ops.fastprompt.patch_statistics.default, (patches, prompts, 0.5, None, False, impl))
+    torch.library.opcheck(
+        torch.ops.fastprompt.patch_statistics.default, (patches, prompts, 0.5, None, False, False, impl)
+    )
     _, logsumexp, entropy, _, largest, kept = torch.ops.fastprompt.patch_statistics(*arguments)
     arguments = (grads, patches, prompts, logsumexp, entropy, largest, kept, 0.5, [True, False], impl)
     torch.library.opcheck(torch.ops.fastprompt.patch_statistics_grad.default, arguments)

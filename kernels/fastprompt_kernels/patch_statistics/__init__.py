@@ -20,18 +20,24 @@ class PatchStatistics(NamedTuple):
         maximum: (B, P), the largest logit.
         logsumexp: (B, P), the logarithm of the sum of the exponentials of the logits, so that the largest probability
             is exp(maximum - logsumexp).
-        entropy: (B, P), of the softmax over the classes, in nats.
+        entropy: (B, P), of the softmax over the classes, in nats, or None where it is not wanted.
         rank: (B, P) int64, how many classes stand before the label's, or None without labels.
     """
 
     maximum: Tensor
     logsumexp: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
     rank: Tensor | None
 
 
 def patch_statistics(
-    patches: Tensor, prompts: Tensor, *, scale: float = 1.0, labels: Tensor | None = None, impl: str = "auto"
+    patches: Tensor,
+    prompts: Tensor,
+    *,
+    scale: float = 1.0,
+    labels: Tensor | None = None,
+    entropy: bool = True,
+    impl: str = "auto",
 ) -> PatchStatistics:
     """Maximum, log-sum-exp and entropy over the classes of the logits of every patch, and the rank of a label.
 
@@ -55,6 +61,8 @@ def patch_statistics(
         labels: (B,) integers from 0 to C - 1, the class of every image; asks for the rank. It counts the classes with a
             larger logit and those with an equal one and a lower index. Labels that are compiled or not on the CPU are
             not checked, because that would wait for the device: one out of range has rank C or raises.
+        entropy: whether it is wanted. GL-MCM's score does not need it, and without it inference on a CPU takes less
+            time and memory.
         impl: "reference" (plain torch, the definition), "blocked" (plain torch, bounded memory, any device), "triton"
             (fused kernels: CUDA and ROCm, float32, float16 and bfloat16), or "auto": triton where it can run, blocked
             elsewhere. What is named explicitly is run or refused, never replaced.
@@ -72,7 +80,7 @@ def patch_statistics(
     if labels is not None:
         _check_labels(labels, patches, len(prompts))
     check_name(impl)
-    return PatchStatistics(*op.patch_statistics(patches, prompts, float(scale), labels, impl))
+    return PatchStatistics(*op.patch_statistics(patches, prompts, float(scale), labels, entropy, impl))
 
 
 def _check_labels(labels: Tensor, patches: Tensor, C: int) -> None:

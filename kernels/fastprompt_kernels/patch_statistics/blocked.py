@@ -10,17 +10,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Bytes of the largest tile of logits, forward and backward, where the products sum over more rows at once. Half of it
-# and double of it are slower forward: more calls, or more than the second-level cache holds.
-TILE_BYTES = 2 * 2**20
+from ..cores import parts
+
+# Bytes of the largest tile of logits: forward, where it stays in the caches from one operation to the next, and
+# backward, where the products sum over more rows at once.
+TILE_BYTES = 3 * 2**20
 GRAD_TILE_BYTES = 8 * 2**20
 # Bytes of the logits of all images up to which they are kept for the backward pass, which saves a product in four.
 KEPT_BYTES = 2**24
 # Stands for a difference of minus infinity, whose product with its exponential, 0, would not be a number.
 LOWEST = -1e30
 
-# Largest logit, sum of exponentials, weighted sum, class of the largest logit (None where it is not asked for)
-Sums = tuple[Tensor, Tensor, Tensor, Tensor | None]
+# Largest logit, sum of exponentials, weighted sum, class of the largest logit; the last two None if not asked for
+Sums = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def kept_shape(B: int, P: int, C: int, dtype: torch.dtype) -> tuple[int, ...]:
@@ -29,7 +31,7 @@ def kept_shape(B: int, P: int, C: int, dtype: torch.dtype) -> tuple[int, ...]:
 
 
 def forward(
-    patches: Tensor, prompts: Tensor, scale: float, labels: Tensor | None, keep: bool
+    patches: Tensor, prompts: Tensor, scale: float, labels: Tensor | None, entropy: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The statistics.
 
@@ -38,37 +40,40 @@ def forward(
         prompts: (C, D).
         scale: of the logits.
         labels: (B,) integers, or None.
+        entropy: whether the entropy is wanted; the backward pass needs it.
         keep: whether the backward pass is wanted.
 
     Returns:
-        maximum, logsumexp and entropy (B, P) in float32 (float64 for float64 inputs); rank (B, P) int64, (0,) without
-        labels; largest (B, P) int32, the class of the maximum, (0,) without keep; the logits as `kept_shape` says, (0,)
-        without keep.
+        maximum, logsumexp and entropy (B, P) in float32 (float64 for float64 inputs), the last (0,) where it is not
+        wanted; rank (B, P) int64, (0,) without labels; largest (B, P) int32, the class of the maximum, (0,) without
+        keep; the logits as `kept_shape` says, (0,) without keep.
     """
     (B, P, _), C, dtype = patches.shape, len(prompts), torch.promote_types(patches.dtype, torch.float32)
     kept = patches.new_empty(kept_shape(B, P, C, dtype) if keep else 0, dtype=dtype)
     prompts = prompts.to(dtype)
     chunks, tiles = _tiles(patches, prompts, TILE_BYTES)
-    # Logits that are not needed any more make room for the differences.
-    memory = _memory(prompts, chunks[0], P, tiles[0], 2 if labels is None and not keep else 3)
+    # One tile each for logits that are still needed, for differences and for their exponentials if both are.
+    count = (labels is not None or keep) + 1 + entropy
+    memory = _memory(prompts, chunks[0], P, tiles[0], count)
     found = []
     for images in chunks:
         own_labels = None if labels is None else labels[images]
         own_kept = kept[images] if kept.ndim == 3 else None
-        found.append(_of_images(patches[images].to(dtype), prompts, tiles, scale, own_labels, keep, own_kept, memory))
+        rows = patches[images].to(dtype)
+        found.append(_of_images(rows, prompts, tiles, scale, own_labels, entropy, keep, own_kept, memory))
     *statistics, rank, largest = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
     return *statistics, rank, largest, kept
 
 
 def _of_images(
-    rows: Tensor, prompts: Tensor, tiles: Sequence[slice], scale: float, labels: Tensor | None, keep: bool,
-    kept: Tensor | None, memory: Sequence[Tensor],
+    rows: Tensor, prompts: Tensor, tiles: Sequence[slice], scale: float, labels: Tensor | None, entropy: bool,
+    keep: bool, kept: Tensor | None, memory: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """What `forward` returns, but for the logits, which are written into kept (images, P, C) where that is given."""
     sums, own, rank, largest = None, None, rows.new_empty(0, dtype=torch.int64), rows.new_empty(0, dtype=torch.int32)
     for classes in tiles:
         logits = _logits(rows, prompts[classes], scale, memory[0] if kept is None else kept[..., classes])
-        of_tile = _sums(logits, classes.start, keep, memory[-2:])
+        of_tile = _sums(logits, classes.start, keep, memory[-2:] if entropy else memory[-1:])
         sums = of_tile if sums is None else _merged(sums, of_tile)
         if labels is not None:
             place, inside = _within(labels[:, None].expand(rows.shape[:2]), classes)
@@ -83,7 +88,8 @@ def _of_images(
     if keep:
         largest = first.int()
     logarithm = total.log()
-    return peak, peak + logarithm, logarithm - weighted / total, rank, largest
+    spread = logarithm - weighted / total if entropy else rows.new_empty(0)
+    return peak, peak + logarithm, spread, rank, largest
 
 
 def backward(
@@ -145,13 +151,13 @@ def _tiles(patches: Tensor, prompts: Tensor, largest: int) -> tuple[list[slice],
     (B, P, _), C = patches.shape, len(prompts)
     cells = max(1, largest // (P * prompts.itemsize))
     classes = min(cells, C)
-    images = min(cells // classes, max(1, B))
-    chunks = [slice(b, min(b + images, B)) for b in range(0, max(1, B), images)]
-    return chunks, [slice(c, min(c + classes, C)) for c in range(0, C, classes)]
+    return list(parts(B, cells // classes)) or [slice(0, 0)], [
+        slice(c, min(c + classes, C)) for c in range(0, C, classes)
+    ]
 
 
 def _memory(like: Tensor, images: slice, P: int, classes: slice, count: int) -> list[Tensor]:
-    """Room for some tiles of logits, none of which is larger than the first."""
+    """Room for some tiles of logits (images, P, classes), none of which is larger than the first."""
     size = images.stop - images.start, P, classes.stop - classes.start
     return [like.new_empty(size) for _ in range(count)]
 
@@ -173,27 +179,33 @@ def _logits(rows: Tensor, prompts: Tensor, scale: float, memory: Tensor) -> Tens
 
 
 def _sums(logits: Tensor, start: int, keep: bool, memory: Sequence[Tensor]) -> Sums:
-    """What there is to know of a tile of logits whose first class is `start`; they may lie in the first memory."""
-    difference, terms = (_part(room, logits) for room in memory)
+    """What there is to know of a tile of logits whose first class is `start`; they may lie in the first memory.
+
+    With one memory only, there is no weighted sum.
+    """
     if keep:
         peak, first = logits.max(-1)  # the first of several equal ones
         first += start
     else:
-        peak, first = logits.amax(-1), None  # three times as fast
-    torch.sub(logits, _finite(peak)[..., None], out=difference).clamp_min_(LOWEST)
-    total = torch.exp(difference, out=terms).sum(-1)
-    return peak, total, terms.mul_(difference).sum(-1), first
+        peak, first = logits.amax(-1), None
+    difference = torch.sub(logits, _finite(peak)[..., None], out=_part(memory[0], logits))
+    if len(memory) == 1:
+        return peak, difference.exp_().sum(-1), None, first
+    terms = torch.exp(difference, out=_part(memory[1], logits))
+    # Only minus infinity times its exponential, 0, is left out: of what is no number before, the total is none.
+    return peak, terms.sum(-1), terms.mul_(difference).nansum(-1), first
 
 
 def _merged(left: Sums, right: Sums) -> Sums:
     """The sums over the classes of both."""
     peak = torch.maximum(left[0], right[0])
-    total, weighted = 0, 0
+    total, weighted = 0, None if left[2] is None else 0
     for own, own_total, own_weighted, _ in (left, right):
         shift = (own - _finite(peak)).clamp_min_(LOWEST)
         factor = shift.exp()
         total = total + factor * own_total
-        weighted = weighted + factor * (own_weighted + own_total * shift)
+        if weighted is not None:
+            weighted = weighted + factor * (own_weighted + own_total * shift)
     first = None if left[3] is None else torch.where(right[0] > left[0], right[3], left[3])
     return peak, total, weighted, first
 
@@ -212,7 +224,8 @@ def _logit_grad(
     logarithm, weights = (_part(room, logits) for room in memory)
     torch.sub(logits, logsumexp[..., None], out=logarithm)
     torch.exp(logarithm, out=weights)
-    weights.mul_(logarithm.add_(entropy[..., None]).mul_(-of_entropy[..., None]).add_(of_logsumexp[..., None]))
+    logarithm.mul_(-of_entropy[..., None]).add_((of_logsumexp - of_entropy * entropy)[..., None])
+    weights.mul_(logarithm)
     place, inside = _within(largest, classes)
     return weights.scatter_add_(-1, place[..., None], (of_maximum * inside)[..., None])
 

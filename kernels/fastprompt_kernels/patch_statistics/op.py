@@ -14,34 +14,41 @@ from . import blocked, reference
 
 
 def patch_statistics(
-    patches: Tensor, prompts: Tensor, scale: float, labels: Tensor | None, impl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    patches: Tensor, prompts: Tensor, scale: float, labels: Tensor | None, entropy: bool, impl: str
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Validated arguments in, statistics out; inputs are cast to autocast's dtype where autocast is on."""
     patches, prompts = cast_by_autocast(patches, prompts)
     # The products inside must stay in the accumulator's precision.
     with torch.autocast(patches.device.type, enabled=False):
         if impl == "reference":
-            return reference.patch_statistics(patches, prompts, scale, labels)
+            maximum, logsumexp, of_classes, rank = reference.patch_statistics(patches, prompts, scale, labels)
+            return maximum, logsumexp, of_classes if entropy else None, rank
         # What only the backward pass needs is not written where there will be none.
         keep = torch.is_grad_enabled() and (patches.requires_grad or prompts.requires_grad)
         run = _PatchStatistics.apply if keep else _forward
-        *statistics, rank, _, _ = run(patches, prompts, scale, labels, keep, impl)
-        return *statistics, None if labels is None else rank
+        results = run(patches, prompts, scale, labels, entropy or keep, keep, impl)
+        maximum, logsumexp, of_classes, rank, _, _ = results
+        return maximum, logsumexp, of_classes if entropy else None, None if labels is None else rank
 
 
 @torch.library.custom_op("fastprompt::patch_statistics", mutates_args=())
 def _forward(
-    patches: Tensor, prompts: Tensor, scale: float, labels: Tensor | None, keep: bool, impl: str
+    patches: Tensor, prompts: Tensor, scale: float, labels: Tensor | None, entropy: bool, keep: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _implementation(impl, patches).forward(patches, prompts, scale, labels, keep)
+    module = _implementation(impl, patches)
+    if module is blocked:
+        return blocked.forward(patches, prompts, scale, labels, entropy, keep)
+    # A kernel has the entropy at hand; not to write it would save nothing that shows.
+    maximum, logsumexp, of_classes, *others = module.forward(patches, prompts, scale, labels, keep)
+    return maximum, logsumexp, of_classes if entropy else of_classes.new_empty(0), *others
 
 
 @_forward.register_fake
 def _(
-    patches: Tensor, prompts: Tensor, scale: float, labels: Tensor | None, keep: bool, impl: str
+    patches: Tensor, prompts: Tensor, scale: float, labels: Tensor | None, entropy: bool, keep: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape, dtype = patches.shape[:2], torch.promote_types(patches.dtype, torch.float32)
-    statistics = [patches.new_empty(shape, dtype=dtype) for _ in range(3)]
+    statistics = [patches.new_empty(wanted, dtype=dtype) for wanted in (shape, shape, shape if entropy else 0)]
     rank = patches.new_empty(0 if labels is None else shape, dtype=torch.int64)
     largest = patches.new_empty(shape if keep else 0, dtype=torch.int32)
     keeps = keep and _implementation(impl, patches) is blocked
@@ -72,13 +79,13 @@ class _PatchStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        patches: Tensor, prompts: Tensor, scale: float, labels: Tensor | None, keep: bool, impl: str
+        patches: Tensor, prompts: Tensor, scale: float, labels: Tensor | None, entropy: bool, keep: bool, impl: str
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return _forward(patches, prompts, scale, labels, keep, impl)
+        return _forward(patches, prompts, scale, labels, entropy, keep, impl)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
-        patches, prompts, ctx.scale, _, _, ctx.impl = inputs
+        patches, prompts, ctx.scale, _, _, _, ctx.impl = inputs
         _, logsumexp, entropy, rank, largest, kept = output
         ctx.wanted = list(ctx.needs_input_grad[:2])
         ctx.mark_non_differentiable(rank, largest, kept)
@@ -87,7 +94,7 @@ class _PatchStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx, of_maximum, of_logsumexp, of_entropy, *_):  # noqa: ANN001, ANN002, ANN205
         grads = of_maximum, of_logsumexp, of_entropy
-        return *_Gradients.apply(*grads, *ctx.saved_tensors, ctx.scale, ctx.wanted, ctx.impl), None, None, None, None
+        return *_Gradients.apply(*grads, *ctx.saved_tensors, ctx.scale, ctx.wanted, ctx.impl), *[None] * 5
 
 
 class _Gradients(torch.autograd.Function):
