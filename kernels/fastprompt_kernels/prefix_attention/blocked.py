@@ -17,7 +17,7 @@ from .sdpa import visible_keys
 # Slots in a tile: on a processor as many as make products worth sharing out to the cores and leave the tile in the
 # caches, elsewhere as many as fill the device. Torch's own threads do the sharing, which took two thirds of the time
 # that threads with a tile each took.
-SLOTS = 2048
+SLOTS = 1200
 SLOTS_OF_DEVICES = 2**15
 
 
@@ -76,7 +76,7 @@ def backward(
 
     for tile in tiles:
         own = tile.queries(grad)
-        of_q, of_kv = _gradients(tile, *_operands(tile, source, tokens), _flat(own))
+        of_q, of_kv = _gradients(tile, *_operands(tile, source, tokens), own.to(of_prefix.dtype).flatten(0, 2))
         tile.queries(of_source).copy_(of_q.view(own.shape))
         of_kv = of_kv.unflatten(1, own.shape[:3])
         if tile.shared == 0:
@@ -120,17 +120,13 @@ def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _operands(tile: _Tile, source: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (n, per_row, d), keys and values (n, shared + width, d) of the n rows of all groups and heads."""
+    dtype = _accumulator(tokens)
     q = tile.queries(source)
-    kv = q.new_empty(2, *q.shape[:3], tile.shared + tile.width, q.shape[-1])
+    kv = torch.empty(2, *q.shape[:3], tile.shared + tile.width, q.shape[-1], dtype=dtype, device=q.device)
     for index in (0, 1):
         kv[index, ..., : tile.shared, :] = tile.prefix(tokens[:, :, index - 2])
         kv[index, ..., tile.shared :, :] = tile.rows(tokens[:, :, index - 2], tile.first, tile.width)
-    return _flat(q), *kv.flatten(1, 3).to(_accumulator(tokens))
-
-
-def _flat(x: Tensor) -> Tensor:
-    """(g, R, H, n, d) as (g * R * H, n, d) in the accumulator's precision. To move and to convert at once is slower."""
-    return x.flatten(0, 2).to(_accumulator(x))
+    return q.to(dtype).flatten(0, 2), *kv.flatten(1, 3)
 
 
 def _probabilities(tile: _Tile, q: Tensor, k: Tensor) -> Tensor:
