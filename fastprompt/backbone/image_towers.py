@@ -11,7 +11,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
-from fastprompt.backbone.blocks import close_block, project
+from fastprompt.backbone.blocks import close_block, project, split_heads
 from fastprompt.errors import InputError
 
 
@@ -74,7 +74,8 @@ class VisionTransformerTower(ImageTower):
         visual = self.visual
         x = self._embed(images)
         for block in visual.transformer.resblocks[:-1]:
-            x = block(x)
+            q, k, v = split_heads(block, x).permute(2, 0, 3, 1, 4)  # each (B, heads, 1 + P, d)
+            x = close_block(block, x, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         x = visual.ln_post(_value_path_block(visual.transformer.resblocks[-1], x))
         return x[:, 0] @ visual.proj, x[:, 1:]
 

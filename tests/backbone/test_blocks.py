@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import nn
 
+from fastprompt.backbone import blocks
 from fastprompt.backbone.blocks import check_block, close_block, project, split_heads
 from fastprompt.errors import InputError
 
@@ -104,3 +105,21 @@ def test_unknown_blocks_are_refused():
         check_block(block)
     with pytest.raises(InputError, match="expected open_clip's ResidualAttentionBlock, got Linear"):
         check_block(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("layer_scale", [None, 0.3])
+def test_products_in_halves_of_their_columns(monkeypatch, layer_scale):
+    """Results and gradients of bfloat16 weights are as near to float64 as those of whole products."""
+    x, weights = torch.randn(2, 5, W).bfloat16(), torch.randn(2, 5, W).bfloat16()
+
+    def results(dtype):
+        block, leaf = make_block("quick", layer_scale).bfloat16().to(dtype), x.to(dtype).requires_grad_()
+        out = own_pass(block, leaf)
+        return out, *torch.autograd.grad((out * weights.to(dtype)).sum(), leaf)
+
+    exact, whole = results(torch.float64), results(torch.bfloat16)
+    monkeypatch.setattr(blocks, "MANY_INPUTS", 1)
+    monkeypatch.setattr(blocks, "SLOW_TOKENS", (1, 100))
+    assert len(blocks._columns(x.flatten(0, 1), W)) == 2
+    for half, one, truth in zip(results(torch.bfloat16), whole, exact, strict=True):
+        assert (half - truth).abs().max() <= 2 * (one - truth).abs().max()

@@ -8,7 +8,7 @@ from . import op
 
 __all__ = ["prefix_attention"]
 
-IMPLEMENTATIONS = ("auto", "reference", "sdpa", "blocked", "flash", "triton", "xformers")
+IMPLEMENTATIONS = ("auto", "reference", "sdpa", "blocked", "triton", "xformers")
 
 
 def prefix_attention(
@@ -44,11 +44,10 @@ def prefix_attention(
             `queries` only. Where the tensor is compiled or not on the CPU it is not checked, because that would wait
             for the device.
         impl: "reference" (plain torch, the definition), "sdpa" (torch's scaled_dot_product_attention, any device),
-            "blocked" (plain torch, bounded memory, any device), "flash" (torch's fused attention of processors),
-            "triton" (fused kernels: CUDA and ROCm, float16 and bfloat16, S, width and d up to 64), "xformers" (its
-            attention of blocks where it is installed, CUDA and ROCm, to measure against; it does not compile), or
-            "auto": flash on a CPU, elsewhere triton where it can run, else blocked. What is named explicitly is run or
-            refused, never replaced.
+            "blocked" (plain torch, bounded memory, any device), "triton" (fused kernels: CUDA and ROCm, float16 and
+            bfloat16, S, width and d up to 64), "xformers" (its attention of blocks where it is installed, CUDA and
+            ROCm, to measure against; it does not compile), or "auto": triton where it can run, else blocked. What is
+            named explicitly is run or refused, never replaced.
 
     Returns:
         (G, T, H * d), or (G, rows * E, H * d) with `queries`.
@@ -68,8 +67,6 @@ def prefix_attention(
     if queries is not None:
         _check_queries(queries, slots, tokens, sequence)
     check_name(impl, IMPLEMENTATIONS)
-    if impl == "flash" and tokens.device.type != "cpu":
-        raise ValueError(f"impl='flash' cannot run here: it needs tensors on the CPU, got {tokens.device}")
     return op.prefix_attention(tokens, queries, sequence, slots, impl)
 
 

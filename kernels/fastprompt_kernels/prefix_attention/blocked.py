@@ -2,7 +2,8 @@
 
 A tile is some rows of packed sequences. The keys and values of the prefix are copied in front of each of its rows; the
 scores of a tile are made by one batched product, forward and again backward, so that nothing is kept in between. The
-prefix attends to itself as a row without a prefix.
+prefix attends to itself as a row without a prefix. Products are in float32 for half-precision inputs: on a processor
+its bfloat16 units are no faster with matrices this small, and torch's fused attention is slower backward.
 """
 
 from dataclasses import dataclass
@@ -10,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..cores import exact_bfloat16_products, parts
+from ..cores import parts
 from .sdpa import visible_keys
 
 # Slots in a tile: on a processor as many as make products worth sharing out to the cores and leave the tile in the
 # caches, elsewhere as many as fill the device. Torch's own threads do the sharing, which took two thirds of the time
 # that threads with a tile each took.
-SLOTS = 2048
+SLOTS = 1200
 SLOTS_OF_DEVICES = 2**15
 
 
@@ -52,11 +53,10 @@ def forward(tokens: Tensor, queries: Tensor | None, sequence: Tensor, slots: Ten
     source = tokens[:, :, 0] if queries is None else queries
     result = torch.empty(source.shape, dtype=tokens.dtype, device=tokens.device)
 
-    with exact_bfloat16_products(tokens):
-        for tile in _tiles(tokens, sequence, slots):
-            q, k, v = _operands(tile, source, tokens)
-            of_tile = tile.queries(result)
-            of_tile.copy_(torch.bmm(_probabilities(tile, q, k), v).view(of_tile.shape))
+    for tile in _tiles(tokens, sequence, slots):
+        q, k, v = _operands(tile, source, tokens)
+        of_tile = tile.queries(result)
+        of_tile.copy_(torch.bmm(_probabilities(tile, q, k), v).view(of_tile.shape))
     return result.flatten(2)
 
 
@@ -74,19 +74,18 @@ def backward(
     parts_of_prefix = 1 + max((tile.part for tile in tiles), default=0)
     of_prefix = torch.empty(parts_of_prefix, 2, G, H, shared, d, dtype=_accumulator(tokens), device=tokens.device)
 
-    with exact_bfloat16_products(tokens):
-        for tile in tiles:
-            own = tile.queries(grad)
-            of_q, of_kv = _gradients(tile, *_operands(tile, source, tokens), own.to(of_prefix.dtype).flatten(0, 2))
-            tile.queries(of_source).copy_(of_q.view(own.shape))
-            of_kv = of_kv.unflatten(1, own.shape[:3])
-            if tile.shared == 0:
-                of_prefix[tile.part, :, tile.groups] = of_kv[:, :, 0]
-                continue
-            torch.sum(of_kv[..., : tile.shared, :], 2, out=of_prefix[tile.part, :, tile.groups])
-            for index in (0, 1):
-                own_keys = tile.rows(of_tokens[:, :, index - 2], tile.first, tile.width)
-                own_keys.copy_(of_kv[index, ..., tile.shared :, :])
+    for tile in tiles:
+        own = tile.queries(grad)
+        of_q, of_kv = _gradients(tile, *_operands(tile, source, tokens), own.to(of_prefix.dtype).flatten(0, 2))
+        tile.queries(of_source).copy_(of_q.view(own.shape))
+        of_kv = of_kv.unflatten(1, own.shape[:3])
+        if tile.shared == 0:
+            of_prefix[tile.part, :, tile.groups] = of_kv[:, :, 0]
+            continue
+        torch.sum(of_kv[..., : tile.shared, :], 2, out=of_prefix[tile.part, :, tile.groups])
+        for index in (0, 1):
+            own_keys = tile.rows(of_tokens[:, :, index - 2], tile.first, tile.width)
+            own_keys.copy_(of_kv[index, ..., tile.shared :, :])
     of_tokens[:, :shared, -2:] = of_prefix.sum(0).permute(1, 3, 0, 2, 4)
     return of_tokens, of_queries
 
@@ -147,4 +146,4 @@ def _gradients(tile: _Tile, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tu
     torch.bmm(p.mT, grad, out=of_kv[1])
     of_scores = torch.ops.aten._softmax_backward_data(torch.bmm(grad, v.mT), p, -1, p.dtype)
     torch.baddbmm(of_kv[0], of_scores.mT, q, beta=0, alpha=scale, out=of_kv[0])
-    return torch.bmm(of_scores, k).mul_(scale), of_kv
+    return torch.baddbmm(q, of_scores, k, beta=0, alpha=scale), of_kv

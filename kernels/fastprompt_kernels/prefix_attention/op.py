@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..implementations import cast_by_autocast, runs_triton
-from . import blocked, flash, reference, sdpa, xformers
+from . import blocked, reference, sdpa, xformers
 
 # The most tokens of a prefix, slots of a row and elements of a head that the tiles of the Triton kernels hold.
 LARGEST = 64
@@ -93,8 +93,6 @@ class _Gradients(torch.autograd.Function):
 
 def _implementation(impl: str, like: Tensor, sequence: Tensor) -> ModuleType:
     """The module that runs this call. It is chosen here, out of sight of torch.compile, alike forward and backward."""
-    if impl == "flash" or (impl == "auto" and like.device.type == "cpu"):
-        return flash
     too_much, sizes = None, (like.shape[1] - sequence.numel(), sequence.shape[1], like.shape[-1])
     if like.dtype.itemsize != 2:
         too_much = f"the kernels of prefix_attention take float16 and bfloat16, not {like.dtype}"
