@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import platform
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from fastprompt.errors import InputError
 
@@ -19,6 +22,7 @@ log = logging.getLogger(__name__)
 MemoryBudget = int | Literal["auto"]
 
 AUTO_SHARE = 0.5  # of the memory that is free when a shape is encoded for the first time
+GAPS = 1.6  # how many times the estimate a process grew by at most, if its C library kept what was freed
 SPARE = 0.97  # of a piece's tokens: packing leaves few slots empty
 MEMINFO = Path("/proc/meminfo")  # Linux
 CGROUP = Path("/sys/fs/cgroup")  # a container's limit on Linux
@@ -65,15 +69,16 @@ class EncodingPlan:
     Attributes:
         groups: contexts of a piece.
         classes: classes of each piece; they sum to C.
-        nbytes: estimated bytes of all tensors at the worst moment, beside the weights and the features themselves. A
-            process may grow by up to half as much again, because its allocator leaves gaps.
+        nbytes: estimated bytes of all tensors at the worst moment, beside the weights and the features themselves.
         whole: whether there is a single piece.
+        sparing: whether a CPU gives freed memory back after every block, because gaps in it would not fit as well.
     """
 
     groups: int
     classes: tuple[int, ...]
     nbytes: int
     whole: bool
+    sparing: bool = True
 
 
 @lru_cache(maxsize=64)  # decided once, so that every step of a training is cut alike
@@ -103,10 +108,10 @@ def plan_encoding(
     per_token = size.per_token(with_gradient)
     available = automatic_budget(device) if budget == "auto" else budget
     tokens = groups * (shared + sum(lengths))
-    if available is None or tokens * per_token <= available:
-        return _logged(
-            EncodingPlan(groups, (len(lengths),), tokens * per_token, whole=True), tokens, groups, with_gradient
-        )
+    needed = tokens * per_token
+    if available is None or needed <= available:
+        sparing = available is not None and GAPS * needed > available
+        return _logged(EncodingPlan(groups, (len(lengths),), needed, True, sparing), tokens, groups, with_gradient)
     at_once = int(available / per_token * SPARE)
     if shared + max(lengths) > at_once:
         needed = int((shared + max(lengths)) * per_token / SPARE) + 1
@@ -167,3 +172,26 @@ def _free_memory(device: torch.device) -> int | None:
     if limit.exists() and (most := limit.read_text().strip()) != "max":
         free = min(free, int(most) - int((CGROUP / "memory.current").read_text()))
     return free
+
+
+def release_freed_memory(x: Tensor) -> None:
+    """Let the C library give back what is free now, and once more when the backward pass has the gradient of x.
+
+    Torch asks for aligned memory, and glibc serves such a request from a gap only if the gap is larger than what is
+    asked for. So a tensor does not fit where one of its size has been, and the heap grows to a multiple of what is in
+    use. Gaps between tensors are given back too. Other C libraries and devices are left alone.
+    """
+    library = _glibc()
+    if library is None or not x.is_cpu or not x.requires_grad:
+        return
+
+    def release(_: Tensor | None = None) -> None:
+        library.malloc_trim(0)
+
+    release()
+    x.register_hook(release)
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastprompt.backbone.blocks import close_block, project, split_heads
 from fastprompt.backbone.class_tokens import ClassTokens
+from fastprompt.backbone.memory import release_freed_memory
 from fastprompt.backbone.packing import Packing, pack
 
 if TYPE_CHECKING:
@@ -44,8 +45,10 @@ class ConstantCache:
     def __init__(self) -> None:
         self._kept: dict[tuple, NameConstants] = {}
 
-    def get(self, tower: TextTower, class_tokens: ClassTokens, packing: Packing, start: int) -> NameConstants:
-        """Constants of packed names whose first token stands at position ``start``."""
+    def get(
+        self, tower: TextTower, class_tokens: ClassTokens, packing: Packing, start: int, keep: bool
+    ) -> NameConstants:
+        """Constants of packed names whose first token stands at position ``start``; kept for later, or not."""
         first = tower.blocks[0]
         read = (
             tower.token_embedding.weight,
@@ -61,7 +64,8 @@ class ConstantCache:
                 states = tower.embed(class_tokens.ids).index_select(0, packing.token)
                 states = states + tower.positional_embedding[start + packing.position].to(states.dtype)
                 constants = NameConstants(states, split_heads(first, states))
-        self._keep(key, constants)
+        if keep:
+            self._keep(key, constants)
         return constants
 
     def _keep(self, key: tuple, constants: NameConstants) -> None:
@@ -72,7 +76,9 @@ class ConstantCache:
             del self._kept[next(iter(self._kept))]
 
 
-def encode_shared_prefix(tower: TextTower, context: Tensor, class_tokens: ClassTokens, after: Tensor) -> Tensor:
+def encode_shared_prefix(
+    tower: TextTower, context: Tensor, class_tokens: ClassTokens, after: Tensor, sparing: bool = False
+) -> Tensor:
     """End-of-text states (G, C, W), before the final norm.
 
     Args:
@@ -80,6 +86,7 @@ def encode_shared_prefix(tower: TextTower, context: Tensor, class_tokens: ClassT
         context: (G, M, W) or (G, C, M, W), in front of the names.
         class_tokens: the names.
         after: (G, A, W) or (G, C, A, W), between name and suffix.
+        sparing: see ``EncodingPlan``; nothing is kept for the next pass then.
     """
     groups = len(context)
     own = context if context.dim() == 4 else context[:, :0]
@@ -90,16 +97,23 @@ def encode_shared_prefix(tower: TextTower, context: Tensor, class_tokens: ClassT
     shared = prefix.shape[1]
     prefix = prefix + tower.positional_embedding[:shared].to(context.dtype)
     if not brought:
-        constants = tower.constants.get(tower, class_tokens, packing, shared)
+        constants = tower.constants.get(tower, class_tokens, packing, shared, keep=not sparing)
         names = constants.states.expand(groups, -1, -1)
-        return end_of_text_states(tower.blocks, prefix, names, packing, constants.qkv)
+        return end_of_text_states(tower.blocks, prefix, names, packing, constants.qkv, sparing)
     tokens, order = tower.bring(own, class_tokens, after)
     positions = tower.positional_embedding[shared + packing.position].to(context.dtype)
-    return end_of_text_states(tower.blocks, prefix, tokens.index_select(1, order[packing.token]) + positions, packing)
+    return end_of_text_states(
+        tower.blocks, prefix, tokens.index_select(1, order[packing.token]) + positions, packing, sparing=sparing
+    )
 
 
 def end_of_text_states(
-    blocks: Sequence[nn.Module], prefix: Tensor, names: Tensor, packing: Packing, names_qkv: Tensor | None = None
+    blocks: Sequence[nn.Module],
+    prefix: Tensor,
+    names: Tensor,
+    packing: Packing,
+    names_qkv: Tensor | None = None,
+    sparing: bool = False,
 ) -> Tensor:
     """End-of-text states (G, C, W), before the final norm, of packed names behind a prefix that they share.
 
@@ -109,6 +123,7 @@ def end_of_text_states(
         names: (G, slots, W), in the slots of the packing, positions added.
         packing: of the C names.
         names_qkv: (slots, 3, heads, d) of the names in the first block, if they are known.
+        sparing: see ``EncodingPlan``.
     """
     x = torch.cat([prefix, names], dim=1)  # (G, S + slots, W)
     *blocks, last = blocks
@@ -118,6 +133,8 @@ def end_of_text_states(
         else:
             qkv = torch.cat([split_heads(block, prefix), names_qkv.expand(len(x), -1, -1, -1, -1)], dim=1)
         x = close_block(block, x, prefix_attention(qkv, packing.sequence))
+        if sparing:
+            release_freed_memory(x)
     return _last_block(last, x, prefix.shape[1], packing)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from fastprompt.backbone.blocks import check_block, close_block, split_heads
 from fastprompt.backbone.class_tokens import ClassTokens, token_order
 from fastprompt.backbone.features import queue_copy
-from fastprompt.backbone.memory import EncodingPlan, MemoryBudget, TowerSize, plan_encoding
+from fastprompt.backbone.memory import EncodingPlan, MemoryBudget, TowerSize, plan_encoding, release_freed_memory
 from fastprompt.backbone.shared_prefix import ConstantCache, encode_shared_prefix
 from fastprompt.errors import InputError
 
@@ -95,22 +95,22 @@ class TextTower:
         own, shared = (context.shape[-2], 0) if context.dim() == 4 else (0, context.shape[-2])
         plan = self.plan(len(context), own + after.shape[-2], shared, class_tokens, budget)
         if plan.whole:
-            return self._encode(context, after, class_tokens)
-        names = _split(class_tokens, plan.classes)
-        rows = []
+            return self._encode(context, after, class_tokens, plan.sparing)
+        names = class_tokens.split(plan.classes)
+        rows, encode = [], partial(self._encode, sparing=plan.sparing)
         for part in zip(context.split(plan.groups), after.split(plan.groups), strict=True):
             learned = [x.split(plan.classes, dim=1) if x.dim() == 4 else [x] * len(names) for x in part]
             pieces = [
-                checkpoint(self._encode, *piece, use_reentrant=False, preserve_rng_state=False)
+                checkpoint(encode, *piece, use_reentrant=False, preserve_rng_state=False)
                 for piece in zip(*learned, names, strict=True)
             ]
             rows.append(torch.cat(pieces, dim=1))
         return torch.cat(rows)
 
-    def _encode(self, context: Tensor, after: Tensor, class_tokens: ClassTokens) -> Tensor:
+    def _encode(self, context: Tensor, after: Tensor, class_tokens: ClassTokens, sparing: bool = False) -> Tensor:
         if self.shares_prefix:
-            return self._project(encode_shared_prefix(self, context, class_tokens, after))
-        return self._project(self._encode_full_length(context, class_tokens, after))
+            return self._project(encode_shared_prefix(self, context, class_tokens, after, sparing))
+        return self._project(self._encode_full_length(context, class_tokens, after, sparing))
 
     def _project(self, x: Tensor) -> Tensor:
         x = self.final_norm(x)
@@ -135,7 +135,9 @@ class TextTower:
         each = [x if x.dim() == 4 else x[:, None].expand(-1, classes, -1, -1) for x in (own, after)]
         return torch.cat([names, *(x.flatten(1, 2) for x in each)], dim=1), order
 
-    def _encode_full_length(self, context: Tensor, class_tokens: ClassTokens, after: Tensor) -> Tensor:
+    def _encode_full_length(
+        self, context: Tensor, class_tokens: ClassTokens, after: Tensor, sparing: bool = False
+    ) -> Tensor:
         """Pooled states (G, C, W) of G * C padded sequences."""
         groups, classes = context.shape[0], len(class_tokens)
         special = [] if self.start_of_text is None else [self.start_of_text]
@@ -153,13 +155,10 @@ class TextTower:
             q, k, v = split_heads(block, x).permute(2, 0, 3, 1, 4)  # each (G * C, heads, L, d)
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             x = close_block(block, x, attended.transpose(1, 2).flatten(2))
+            if sparing:
+                release_freed_memory(x)
         x = x.unflatten(0, (groups, classes))
         if self.pool_type in ("argmax", "eos"):
             end = start.shape[1] + learned - 1 + torch.tensor(class_tokens.lengths, device=x.device)
             return x[:, torch.arange(classes, device=x.device), end]
         return x[:, :, 0 if self.pool_type == "first" else -1]
-
-
-@lru_cache(maxsize=16)  # constants of the pieces are found again by their identity
-def _split(class_tokens: ClassTokens, sizes: tuple[int, ...]) -> list[ClassTokens]:
-    return class_tokens.split(sizes)
