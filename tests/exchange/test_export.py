@@ -10,7 +10,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from fastprompt_kernels.topk_similarity import op
+from fastprompt_kernels.topk_similarity import blocked
 from safetensors import safe_open
 
 from fastprompt import CoOp, GalLoP, InputError, ZeroShot, load_backbone
@@ -102,7 +102,7 @@ def test_onnx_gives_the_same_logits(method, backbone, images, tmp_path, monkeypa
     pytest.importorskip("onnxscript", reason="onnx and onnxscript are not installed")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     learner = moved(method(backbone, NAMES)).eval()
-    monkeypatch.setattr(op, "SMALL", 2 * 16 * 4 * 3 + 1)  # between batches of two and of three images
+    monkeypatch.setattr(blocked, "LITTLE", 2 * 16 * 4 * 3 + 1)  # between batches of two and of three images
     write_onnx(learner, tmp_path / "classifier.onnx")
     session = runtime.InferenceSession(tmp_path / "classifier.onnx", providers=["CPUExecutionProvider"])
     with torch.no_grad():

@@ -38,8 +38,9 @@ def topk_similarity(patches: Tensor, prompts: Tensor, k: K, *, reduce: str = "no
         reduce: "none", or "mean" to average over the prompts as well.
         impl: "reference" (plain torch, the definition), "dense" (plain torch, some images at a time, any device),
             "blocked" (tiles and sparse gradients, for the CPU), "triton" (fused kernels: CUDA and ROCm, float32,
-            float16 and bfloat16, k up to 64), or "auto": triton where it can run; else on a CPU the faster of blocked
-            and dense for inputs of that size, and dense elsewhere. What is named is run or refused, never replaced.
+            float16 and bfloat16, k up to 64), or "auto": triton where it can run; else on a CPU blocked, with the
+            gradients of dense where these are faster, and dense elsewhere. What is named is run or refused, never
+            replaced.
 
     Returns:
         (B, N, C), or (B, C) with reduce="mean".

@@ -1,8 +1,8 @@
 """topk_similarity on processors with bounded memory and its own backward pass.
 
-The similarity is made one tile (some images, some classes) at a time and sorted. Every core works on tiles of its own,
-and numpy sorts them, which is several times faster than torch selects. What is kept for the backward pass
-(blocked_backward.py) are the selected patches themselves.
+The similarity is made one tile (some images, some classes) at a time and sorted. Every core works on tiles of its own
+where there are many similarities, and numpy sorts them, which is several times faster than torch selects. What is kept
+for the backward pass (blocked_backward.py) are the selected patches themselves.
 """
 
 import math
@@ -23,8 +23,9 @@ __all__ = ["backward", "forward", "saved_size"]
 TILE_BYTES = 5 * 2**19
 # Rows that a matrix product needs to be efficient: prompts of fewer classes are multiplied together.
 EFFICIENT_ROWS = 128
-# Multiplications of an image's similarity that are done before other threads are awake.
-LITTLE = 2**20
+# With fewer similarities torch's own threads multiply and the calling thread sorts: several threads of ours would lose
+# more by meeting at Python's lock than they gain.
+LITTLE = 5 * 2**18
 
 
 def forward(patches: Tensor, prompts: Tensor, k: Scales, keep: bool) -> tuple[Tensor, Tensor]:
@@ -41,7 +42,7 @@ def forward(patches: Tensor, prompts: Tensor, k: Scales, keep: bool) -> tuple[Te
         and class the patches of the first scale of the first prompt, then those of the next scale.
         Without keep it is empty.
     """
-    (B, P, D), (N, C, _), prompts = patches.shape, prompts.shape, prompts.contiguous()
+    (B, P, _), (N, C, _), prompts = patches.shape, prompts.shape, prompts.contiguous()
     dtype = torch.promote_types(patches.dtype, torch.float32)
     size, kind = saved_size(B, P, C, k)
     values = torch.empty(B, N, C, dtype=dtype, device=patches.device)
@@ -50,12 +51,14 @@ def forward(patches: Tensor, prompts: Tensor, k: Scales, keep: bool) -> tuple[Te
     # Rows are cut alike for every batch: what is computed for an image does not depend on the others.
     room = TILE_BYTES // (P * dtype.itemsize)
     rows_at_once = max(1, min(C if C >= EFFICIENT_ROWS else N * C, room))
-    images_at_once = max(1, min(room // rows_at_once, -(-B // torch.get_num_threads())))
+    little = B * N * C * P < LITTLE
+    images_at_once = max(1, min(room // rows_at_once, -(-B // (1 if little else torch.get_num_threads()))))
     starts = list(accumulate(map(sum, k), initial=0))
 
-    def scratch() -> tuple[Tensor, Tensor]:
-        scores = scratch_memory(images_at_once * rows_at_once * P, dtype)
-        return scores, scratch_memory(images_at_once * min(C, rows_at_once) * P, dtype)
+    def scratch() -> tuple[Tensor, ...]:
+        sizes = (images_at_once * rows_at_once * P, images_at_once * min(C, rows_at_once) * P)
+        # Pages that come fresh from the system take time, too.
+        return tuple(torch.empty(size, dtype=dtype) if little else scratch_memory(size, dtype) for size in sizes)
 
     def fill(images: slice, rows: slice, scores: Tensor, ranked: Tensor) -> None:
         scores = _scores(patches[images].to(dtype), prompts.view(N * C, -1)[rows].to(dtype), scores)
@@ -66,8 +69,7 @@ def forward(patches: Tensor, prompts: Tensor, k: Scales, keep: bool) -> tuple[Te
 
     tiles = product(parts(B, images_at_once), parts(N * C, rows_at_once))
     with exact_bfloat16_products(patches):
-        # What is little is told by one image, for the same reason.
-        on_all_cores(fill, tiles, patches.device, scratch, little=N * C * P * D < LITTLE)
+        on_all_cores(fill, tiles, patches.device, scratch, little)
     return values, selected
 
 
@@ -80,13 +82,11 @@ def _prompts_of(rows: slice, C: int) -> Iterator[tuple[int, slice]]:
 def _scores(patches: Tensor, prompts: Tensor, scratch: Tensor) -> Tensor:
     """The similarities (images, rows, P) of patches (images, P, D) and prompts (rows, D).
 
-    One product an image, so that an image's results do not depend on the others in its batch.
+    A product an image, so that an image's results do not depend on the others in its batch.
     """
     size = len(patches), len(prompts), patches.shape[1]
     scores = scratch[: math.prod(size)].view(size)
-    for image, out in zip(patches, scores, strict=True):
-        torch.mm(prompts, image.mT, out=out)
-    return scores
+    return torch.bmm(prompts.expand(len(patches), -1, -1), patches.mT, out=scores)
 
 
 def _select(scores: Tensor, values: Tensor, selected: Tensor | None, scales: Sequence[int], scratch: Tensor) -> None:

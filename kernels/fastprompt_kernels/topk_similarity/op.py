@@ -15,8 +15,8 @@ from . import blocked, dense, reference
 
 # The longest sorted run of the Triton kernels. One of 128 does not fit the registers of sm_90.
 MAX_K = 64
-# On a processor torch's own code is faster where the similarity has fewer numbers, and backward where a larger share of
-# them is selected: benchmarks/results/break_even-cpu.md.
+# On a processor dense gradients are faster where the similarity has fewer numbers, or where a larger share of them is
+# selected: benchmarks/results/break_even-cpu.md.
 SMALL = 5 * 2**18
 DENSE_SHARE = 1 / 8
 
@@ -36,15 +36,13 @@ def topk_similarity(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]]
 
 @torch.library.custom_op("fastprompt::topk_similarity", mutates_args=())
 def _forward(patches: Tensor, prompts: Tensor, k: list[int], keep: bool, impl: str) -> tuple[Tensor, Tensor]:
-    cells = prompts[..., 0].numel() * patches[..., 0].numel()
-    return _implementation(impl, patches, k, cells).forward(patches, prompts, _nested(k, len(prompts)), keep)
+    return _implementation(impl, patches, k).forward(patches, prompts, _nested(k, len(prompts)), keep)
 
 
 @_forward.register_fake
 def _(patches: Tensor, prompts: Tensor, k: list[int], keep: bool, impl: str) -> tuple[Tensor, Tensor]:
     (B, P, _), (N, C, _) = patches.shape, prompts.shape
-    # Dense and blocked save the same. A choice by size would hold a batch of any size to one side of it in an export.
-    size, kind = _implementation(impl, patches, k, cells=0).saved_size(B, P, C, _nested(k, N))
+    size, kind = _implementation(impl, patches, k).saved_size(B, P, C, _nested(k, N))
     dtype = torch.promote_types(patches.dtype, torch.float32)
     return patches.new_empty(B, N, C, dtype=dtype), patches.new_empty(size if keep else 0, dtype=kind)
 
@@ -54,8 +52,11 @@ def _grad(
     grad: Tensor, patches: Tensor | None, prompts: Tensor | None, selected: Tensor, k: list[int], P: int, impl: str
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(grad.device.type, enabled=False):
-        cells = grad.numel() * P if sum(k) <= DENSE_SHARE * len(k) * P else 0
-        module = _implementation(impl, prompts if patches is None else patches, k, cells)
+        like = prompts if patches is None else patches
+        dense_pays = grad.numel() * P < SMALL or sum(k) > DENSE_SHARE * len(k) * P
+        module = _implementation(
+            "dense" if impl == "auto" and dense_pays and like.device.type == "cpu" else impl, like, k
+        )
         return module.backward(grad, patches, prompts, selected, _nested(k, grad.shape[1]), P)
 
 
@@ -109,14 +110,9 @@ class _Gradients(torch.autograd.Function):
         raise RuntimeError("the gradient of topk_similarity can be differentiated again with impl='reference' only")
 
 
-def _implementation(impl: str, like: Tensor, k: list[int], cells: int) -> ModuleType:
-    """The module that runs a pass. It is chosen here, out of sight of torch.compile.
-
-    Args:
-        impl: "auto", "dense", "blocked" or "triton".
-        like: an input.
-        k: all scales.
-        cells: how many similarities there are; 0 where sparse sums do not pay.
+def _implementation(impl: str, like: Tensor, k: list[int]) -> ModuleType:
+    """The module that runs a pass: "auto", "dense", "blocked" or "triton". It is chosen here, out of sight of
+    torch.compile.
     """
     too_much = None
     if max(k) > MAX_K:
@@ -125,11 +121,9 @@ def _implementation(impl: str, like: Tensor, k: list[int], cells: int) -> Module
         from . import triton
 
         return triton
-    if impl == "auto":
-        impl = "blocked" if like.device.type == "cpu" and cells >= SMALL else "dense"
     if impl == "blocked" and like.device.type != "cpu":
         raise ValueError(f"impl='blocked' cannot run here: it is made for the CPU, not for {like.device}")
-    return blocked if impl == "blocked" else dense
+    return dense if impl == "dense" or like.device.type != "cpu" else blocked
 
 
 def _nested(k: list[int], N: int) -> list[list[int]]:
