@@ -15,10 +15,10 @@ from torch import Tensor
 from ..cores import even_parts, on_all_cores, parts, scratch_memory
 from .dense import Scales
 
-# Bytes of the features that one product reads: about a core's second-level cache.
-FEATURE_BYTES = 2**21
+# Bytes of the features that one product reads: most of a core's second-level cache.
+FEATURE_BYTES = 7 * 2**18
 # The most selected patches of one product.
-ENTRIES = 2**16
+ENTRIES = 2**15
 # Selected patches that are summed before other threads are awake.
 LITTLE = 2**12
 
