@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 MemoryBudget = int | Literal["auto"]
 
 AUTO_SHARE = 0.5  # of the memory that is free when a shape is encoded for the first time
-GAPS = 1.6  # how many times the estimate a process grew by at most, if its C library kept what was freed
+GAPS = 1.6  # times the estimate: what a process grew by in one piece, if its C library kept what was freed
 SPARE = 0.97  # of a piece's tokens: packing leaves few slots empty
 MEMINFO = Path("/proc/meminfo")  # Linux
 CGROUP = Path("/sys/fs/cgroup")  # a container's limit on Linux
