@@ -15,7 +15,7 @@ from fastprompt.errors import InputError
 
 # Bytes of projected features that are held at a time. The backward pass makes them again, for a fraction of what the
 # similarity costs: kept for all images, they would take more memory than everything else.
-BYTES_ON_CPU, BYTES = 2**21, 2**26
+BYTES_ON_CPU, BYTES = 7 * 2**18, 2**26
 
 
 class TopKLocalHead(nn.Module):
@@ -121,6 +121,7 @@ class _Pooled(torch.autograd.Function):
             )
             if wanted[1]:
                 of_prompts += of_text
+            del of_text  # or it would be there beside the next one
             if unit.requires_grad:
                 unit.backward(of_unit)
             if wanted[0]:
