@@ -28,7 +28,7 @@ def measure_grid(device: torch.device, folder: Path) -> str:
     """Measure the grid, append its rows to ``break_even.csv`` and write its tables to ``break_even-<device type>.md``.
 
     Ours is "auto". On a processor it takes `dense` or `blocked` for topk_similarity by two numbers that were chosen so
-    that this table is as good as it can be (`SMALL` and `DENSE_SHARE` of its op.py).
+    that this table is as good as it can be (`FEW_ROWS` and `DENSE_SHARE` of its op.py).
 
     Raises:
         WrongResultError: a result is wrong.

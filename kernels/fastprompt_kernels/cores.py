@@ -19,13 +19,6 @@ def parts(length: int, at_once: int) -> Iterator[slice]:
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
-def even_parts(length: int, at_once: int) -> Iterator[slice]:
-    """Like `parts`, but as many for every thread, or some would wait for the others in the end."""
-    threads = torch.get_num_threads()
-    rounds = -(-length // (threads * max(1, at_once)))
-    return parts(length, -(-length // max(1, threads * rounds)))
-
-
 def on_all_cores(
     function: Callable[..., None],
     tiles: Iterable[tuple],
@@ -58,6 +51,23 @@ def on_all_cores(
     memory = [scratch() for _ in range(max(1, min(threads, waiting.qsize())))]
     for _ in map(work, memory) if threads == 1 else _cores(threads).map(work, memory):
         pass
+
+
+def products(left: Tensor, right: Tensor, out: Tensor, beta: int = 0) -> None:
+    """Matrix products of images, (B, I, K) and (B, K, J), into or with beta = 1 onto `out` (B, I, J).
+
+    On a processor each is made by one thread. Libraries share a product among threads where there are fewer products
+    than threads, and sum in another order then: the result for an image would depend on the size of its batch.
+    """
+
+    def fill(images: slice) -> None:
+        torch.baddbmm(out[images], left[images], right[images], beta=beta, out=out[images])
+
+    few = left.device.type == "cpu" and len(left) < torch.get_num_threads()
+    if few:
+        on_all_cores(fill, ((image,) for image in parts(len(left), 1)), left.device)
+    else:
+        fill(slice(None))
 
 
 def scratch_memory(count: int, dtype: torch.dtype) -> Tensor:

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from fastprompt_kernels import topk_similarity
-from fastprompt_kernels.testing import draw_inputs
+from fastprompt_kernels import patch_statistics, topk_similarity
+from fastprompt_kernels.testing import Inputs, draw_inputs, draw_statistics_inputs
 from fastprompt_kernels.topk_similarity import blocked, blocked_backward, dense
 
 from tests.kernels.support import Seen, run
+
+PARTS = slice(0, 1), slice(3, 5), slice(3, 9)  # of a batch: fewer images than threads, and more
 
 
 @pytest.fixture
@@ -64,16 +66,48 @@ def test_auto_takes_on_a_processor_what_is_faster_for_the_size(monkeypatch):
             real, label = getattr(module, name), f"{module.__name__.split('.')[-1]}.{name}"
             monkeypatch.setattr(module, name, lambda *a, real=real, label=label: taken.append(label) or real(*a))
 
-    def kinds(B, k):
+    def kinds(C, k):
         taken.clear()
-        inputs = draw_inputs((B, 64, 1, 128, 4), [[k]], torch.float32)
+        inputs = draw_inputs((2, 64, 2, C, 4), [[k], [k]], torch.float32)
         inputs.patches.requires_grad_()
         topk_similarity(inputs.patches, inputs.prompts, inputs.k).sum().backward()
         return taken
 
-    assert kinds(150, 8) == ["blocked.forward", "dense.backward"]
-    assert kinds(160, 8) == ["blocked.forward", "blocked.backward"]
-    assert kinds(160, 9) == ["blocked.forward", "dense.backward"]
+    assert kinds(64, 8) == ["blocked.forward", "dense.backward"]
+    assert kinds(65, 8) == ["blocked.forward", "blocked.backward"]
+    assert kinds(65, 9) == ["blocked.forward", "dense.backward"]
+
+
+@pytest.mark.parametrize("threads", [2, 4])
+@pytest.mark.parametrize(
+    ("P", "C"), [(196, 100), (49, 400), (196, 30)], ids=["few selected", "many selected", "few rows"]
+)
+def test_auto_gives_an_image_the_same_bits_in_every_batch(one_thread, P, C, threads):
+    torch.set_num_threads(threads)
+    inputs = draw_inputs((64, P, 4, C, 128), [[5], [10], [15], [20]], torch.float32)
+    assert 6 * P * 4 * C < blocked.LITTLE < 64 * P * 4 * C
+    values, of_patches, _ = run(inputs, "auto")
+    for part in PARTS:
+        alone = run(Inputs(inputs.patches[part], inputs.prompts, inputs.k, inputs.grad[part]), "auto")
+        assert torch.equal(alone[0], values[part])
+        assert torch.equal(alone[1], of_patches[part])
+
+
+@pytest.mark.parametrize("threads", [2, 4])
+@pytest.mark.parametrize(("P", "C"), [(49, 47), (49, 1000)], ids=["few classes", "many classes"])
+def test_statistics_of_an_image_are_the_same_bits_in_every_batch(one_thread, P, C, threads):
+    torch.set_num_threads(threads)
+    inputs = draw_statistics_inputs((64, P, C, 512), torch.float32, scale=100)
+
+    def of(part):
+        patches = inputs.patches[part].clone().requires_grad_()
+        maximum, logsumexp, entropy, _ = patch_statistics(patches, inputs.prompts, scale=100)
+        (maximum + logsumexp + entropy).sum().backward()
+        return maximum, logsumexp, entropy, patches.grad
+
+    whole = of(slice(None))
+    for part in PARTS:
+        assert all(torch.equal(own, tensor[part]) for own, tensor in zip(of(part), whole, strict=True))
 
 
 def test_blocked_leaves_torch_as_it_was(one_thread):

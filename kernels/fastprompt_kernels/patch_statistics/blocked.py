@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..cores import parts
+from ..cores import parts, products
 
 # Bytes of the largest tile of logits: forward, where it stays in the caches from one operation to the next, and
 # backward, where the products sum over more rows at once.
@@ -129,16 +129,16 @@ def backward(
     memory = _memory(texts, chunks[0], P, tiles[0], 2)
     for images in chunks:
         rows, statistics = patches[images].to(dtype), (logsumexp[images], entropy[images], largest[images])
-        own_grads = [grad[images] for grad in grads]
+        own_grads = [grad[images] * scale for grad in grads]
         for classes in tiles:
             own, first = texts[classes], classes.start == 0
             logits = kept[images, :, classes] if kept.ndim == 3 else _logits(rows, own, scale, memory[0])
             weights = _logit_grad(logits, own_grads, statistics, classes, memory)
             if wanted[0]:
                 matrix, target = own.expand(len(rows), -1, -1), of_patches[images]
-                torch.baddbmm(target, weights, matrix, beta=0 if first else 1, alpha=scale, out=target)
+                products(weights, matrix, out=target, beta=0 if first else 1)
             if wanted[1]:
-                of_prompts[classes].addmm_(weights.flatten(0, 1).mT, rows.flatten(0, 1), alpha=scale)
+                of_prompts[classes].addmm_(weights.flatten(0, 1).mT, rows.flatten(0, 1))
     return of_patches.to(patches.dtype), of_prompts.to(prompts.dtype)
 
 
@@ -174,7 +174,7 @@ def _logits(rows: Tensor, prompts: Tensor, scale: float, memory: Tensor) -> Tens
     The scale comes last: in the product it would set equal sums of different terms apart.
     """
     logits = memory[: len(rows), :, : len(prompts)]
-    torch.bmm(rows, prompts.mT.expand(len(rows), -1, -1), out=logits)
+    products(rows, prompts.mT.expand(len(rows), -1, -1), out=logits)
     return logits if scale == 1 else logits.mul_(scale)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cores import exact_bfloat16_products, on_all_cores, parts, scratch_memory
+from ..cores import exact_bfloat16_products, on_all_cores, parts, products, scratch_memory
 from .blocked_backward import backward
 from .dense import Scales, saved_size
 
@@ -86,7 +86,8 @@ def _scores(patches: Tensor, prompts: Tensor, scratch: Tensor) -> Tensor:
     """
     size = len(patches), len(prompts), patches.shape[1]
     scores = scratch[: math.prod(size)].view(size)
-    return torch.bmm(prompts.expand(len(patches), -1, -1), patches.mT, out=scores)
+    products(prompts.expand(len(patches), -1, -1), patches.mT, out=scores)
+    return scores
 
 
 def _select(scores: Tensor, values: Tensor, selected: Tensor | None, scales: Sequence[int], scratch: Tensor) -> None:

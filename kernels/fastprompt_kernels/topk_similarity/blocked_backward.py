@@ -1,7 +1,8 @@
 """The backward pass of topk_similarity on processors: products with sparse matrices of what was selected.
 
 A value's gradient goes to k of P patches in equal shares, so the gradient of the similarity is a matrix of few entries.
-For the gradient of the prompts they lie in the right order already; for that of the patches they are sorted.
+For the gradient of the prompts they lie in the right order already; for that of the patches they are sorted. Torch's
+threads share the products; threads of ours, each with images of its own, were no faster: they meet at Python's lock.
 """
 
 import warnings
@@ -12,15 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cores import even_parts, on_all_cores, parts, scratch_memory
+from ..cores import parts, scratch_memory
 from .dense import Scales
 
 # Bytes of the features that one product reads: most of a core's second-level cache.
 FEATURE_BYTES = 7 * 2**18
 # The most selected patches of one product.
 ENTRIES = 2**15
-# Selected patches that are summed before other threads are awake.
-LITTLE = 2**12
 
 
 def backward(
@@ -32,51 +31,43 @@ def backward(
     """
     shares, of_patches, of_prompts = _shares(grad, k), grad.new_empty(0), grad.new_empty(0)
     _announce_sparse_matrices()
+    entries = max(ENTRIES, selected.shape[2])
+    scratch = scratch_memory(entries, torch.int32), scratch_memory(entries, grad.dtype)
     if patches is not None:
-        of_prompts = _grad_prompts(shares, patches, selected, k)
+        of_prompts = _grad_prompts(shares, patches, selected, k, *scratch)
     if prompts is not None:
-        of_patches = _grad_patches(shares, prompts.to(grad.dtype), selected, k, P)
+        of_patches = _grad_patches(shares, prompts.to(grad.dtype), selected, k, P, *scratch)
     dtype = prompts.dtype if patches is None else patches.dtype
     return of_patches.to(dtype), of_prompts.to(dtype)
 
 
-def _scratch(selected: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Columns and weights of a sparse matrix."""
-    entries = max(ENTRIES, selected.shape[2])
-    return scratch_memory(entries, torch.int32), scratch_memory(entries, dtype)
-
-
-def _grad_patches(shares: Tensor, prompts: Tensor, selected: Tensor, k: Scales, P: int) -> Tensor:
-    """(B, P, D); every core sorts and sums the patches of images of its own."""
+def _grad_patches(
+    shares: Tensor, prompts: Tensor, selected: Tensor, k: Scales, P: int, rows: Tensor, weights: Tensor
+) -> Tensor:
+    """(B, P, D)."""
     (N, C, D), B, W = prompts.shape, len(shares), selected.shape[2]
     result = shares.new_empty(B, P, D) if C else shares.new_zeros(B, P, D)
     classes_at_once = max(1, min(C, FEATURE_BYTES // (2 * N * D * shares.itemsize), ENTRIES // W))
     images_at_once = ENTRIES // (classes_at_once * W)
     entries = cache(partial(_entries, k, C))
-
-    def fill(images: slice, rows: Tensor, weights: Tensor) -> None:
-        total = result[images].flatten(0, 1)
-        for classes in parts(C, classes_at_once):
-            tile = selected[images, classes]
-            # The first row and share of the tile are those of its first class; the others lie relative to them.
-            features, own = prompts.flatten(0, 1)[classes.start :], shares[images].flatten()[classes.start :]
-            matrix = _of_patches(tile, own, *entries(*tile.shape[:2]), rows, weights, (len(total), len(features)))
-            torch.addmm(total, matrix, features, beta=int(classes.start > 0), out=total)
-
-    tiles = ((images,) for images in even_parts(B, images_at_once))
-    little = selected.numel() < LITTLE
-    on_all_cores(fill, tiles, shares.device, lambda: _scratch(selected, shares.dtype), little=little)
+    for images, classes in product(parts(B, images_at_once), parts(C, classes_at_once)):
+        tile, total = selected[images, classes], result[images].flatten(0, 1)
+        # The first row and share of the tile are those of its first class; the others lie relative to them.
+        features, own = prompts.flatten(0, 1)[classes.start :], shares[images].flatten()[classes.start :]
+        matrix = _of_patches(tile, own, *entries(*tile.shape[:2]), rows, weights, (len(total), len(features)))
+        torch.addmm(total, matrix, features, beta=int(classes.start > 0), out=total)
     return result
 
 
-def _grad_prompts(shares: Tensor, patches: Tensor, selected: Tensor, k: Scales) -> Tensor:
-    """(N, C, D). There is nothing to sort, so the products are long: they are left to torch's own threads."""
+def _grad_prompts(
+    shares: Tensor, patches: Tensor, selected: Tensor, k: Scales, columns: Tensor, weights: Tensor
+) -> Tensor:
+    """(N, C, D). There is nothing to sort."""
     (B, P, D), N, C = patches.shape, len(k), shares.shape[2]
     result = shares.new_empty(N, C, D) if B else shares.new_zeros(N, C, D)
     largest = max(map(sum, k))
     images_at_once = max(1, min(FEATURE_BYTES // (P * D * shares.itemsize), ENTRIES // largest))
     classes_at_once = ENTRIES // (images_at_once * largest)
-    columns, weights = _scratch(selected, shares.dtype)
     for images in parts(B, images_at_once):
         features = patches[images].to(shares.dtype).flatten(0, 1)
         for classes, n in product(parts(C, classes_at_once), range(N)):

@@ -1,7 +1,7 @@
 """topk_similarity in plain torch, on the dense similarity of some images at a time, for any device.
 
-The fastest on a processor where the similarity is small, or a large part of it is selected. Torch's own threads share
-every operation, so there is no other thread to wake.
+Torch's own threads share every operation. Its gradients are the fastest on a processor where a product has few rows, or
+a large part of the similarity is selected.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..cores import exact_bfloat16_products, parts
+from ..cores import exact_bfloat16_products, parts, products
 
 # Bytes of the similarities of the images that are held at a time. Memory beyond it comes fresh from the system in every
 # call, which costs up to 12 %; with a quarter of it, torch's threads have too little to share.
@@ -44,7 +44,9 @@ def forward(patches: Tensor, prompts: Tensor, k: Scales, keep: bool) -> tuple[Te
             # A product an image, so that an image's results do not depend on the others in its batch. Not matmul, which
             # would make one product of all, or not, depending on whether a gradient is asked for.
             rows = patches[images].to(dtype)
-            scores = torch.bmm(queries.expand(len(rows), -1, -1), rows.mT).unflatten(1, (N, C))
+            scores = rows.new_empty(len(rows), N * C, P)
+            products(queries.expand(len(rows), -1, -1), rows.mT, out=scores)
+            scores = scores.unflatten(1, (N, C))
             start = 0
             for n, scales in enumerate(k):
                 best, patch = _best(scores[:, n], scales, exact=keep)
@@ -71,7 +73,7 @@ def backward(
         weights = _weights(grad[images], selected[images], k, P)  # (N * C, images, P)
         if prompts is not None:
             rows = weights.permute(1, 2, 0)
-            torch.bmm(rows, queries.expand(len(rows), -1, -1), out=of_patches[images])
+            products(rows, queries.expand(len(rows), -1, -1), out=of_patches[images])
         if patches is not None:
             of_prompts.addmm_(weights.flatten(1), patches[images].flatten(0, 1).to(grad.dtype))
     of_prompts = of_prompts.view((N, C, like.shape[-1]) if patches is not None else 0)

@@ -15,9 +15,9 @@ from . import blocked, dense, reference
 
 # The longest sorted run of the Triton kernels. One of 128 does not fit the registers of sm_90.
 MAX_K = 64
-# On a processor dense gradients are faster where the similarity has fewer numbers, or where a larger share of them is
-# selected: benchmarks/results/break_even-cpu.md.
-SMALL = 5 * 2**18
+# On a processor dense gradients are faster for so few pairs of a prompt and a class, or where a larger share of the
+# patches is selected. The number of images has no say: the gradient of an image would change with its batch.
+FEW_ROWS = 128
 DENSE_SHARE = 1 / 8
 
 
@@ -53,11 +53,10 @@ def _grad(
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(grad.device.type, enabled=False):
         like = prompts if patches is None else patches
-        dense_pays = grad.numel() * P < SMALL or sum(k) > DENSE_SHARE * len(k) * P
-        module = _implementation(
-            "dense" if impl == "auto" and dense_pays and like.device.type == "cpu" else impl, like, k
-        )
-        return module.backward(grad, patches, prompts, selected, _nested(k, grad.shape[1]), P)
+        _, N, C = grad.shape
+        if impl == "auto" and like.device.type == "cpu":
+            impl = "dense" if N * C <= FEW_ROWS or sum(k) > DENSE_SHARE * len(k) * P else "blocked"
+        return _implementation(impl, like, k).backward(grad, patches, prompts, selected, _nested(k, N), P)
 
 
 @_grad.register_fake
