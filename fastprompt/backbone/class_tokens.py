@@ -31,6 +31,10 @@ class ClassTokens:
     def __len__(self) -> int:
         return len(self.class_names)
 
+    def order(self, before: int, behind: int, device: torch.device) -> Tensor:
+        """Indices that put every class together, where each brings tokens; see ``token_order``."""
+        return token_order(self.lengths, self.name_lengths or self.lengths, before, behind, device)
+
     def split(self, sizes: Sequence[int]) -> list[ClassTokens]:
         """The same classes in several lists, ``sizes`` of them in each; the sizes sum to C."""
         pieces, start = [], 0

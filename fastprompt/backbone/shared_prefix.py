@@ -21,22 +21,28 @@ if TYPE_CHECKING:
 CONSTANT_BYTES = 64 * 2**20  # what constants of lists of class names may take; larger ones are made in every pass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity
 class NameConstants:
-    """What the first block reads of class names behind a shared context: no learned tensor has a part in it.
+    """What a pass reads beside the contexts: no learned tensor has a part in it.
 
     Attributes:
-        states: (slots, W) embeddings with positions.
-        qkv: (slots, 3, heads, d) of the first block.
+        packing: of the names with the tokens that each class brings.
+        states: embeddings: (slots, W) with positions, or (T, W) of the names alone where classes bring tokens.
+        positions: (slots, W) where classes bring tokens.
+        source: (slots,) where classes bring tokens: the place of a slot's token among the names and what is brought.
+        qkv: (slots, 3, heads, d) of the first block where they bring none.
     """
 
+    packing: Packing
     states: Tensor
-    qkv: Tensor
+    positions: Tensor | None = None
+    source: Tensor | None = None
+    qkv: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both tensors."""
-        return self.states.nbytes + self.qkv.nbytes
+        """Bytes of the tensors of width W."""
+        return sum(tensor.nbytes for tensor in (self.states, self.positions, self.qkv) if tensor is not None)
 
 
 class ConstantCache:
@@ -46,9 +52,11 @@ class ConstantCache:
         self._kept: dict[tuple, NameConstants] = {}
 
     def get(
-        self, tower: TextTower, class_tokens: ClassTokens, packing: Packing, start: int, keep: bool
+        self, tower: TextTower, class_tokens: ClassTokens, context: Tensor, after: Tensor, keep: bool
     ) -> NameConstants:
-        """Constants of packed names whose first token stands at position ``start``; kept for later, or not."""
+        """Constants of names behind such contexts, the arguments of ``TextTower.encode``; kept for later, or not."""
+        before, behind = (context.shape[-2] if context.dim() == 4 else 0), after.shape[-2]
+        start = 1 + context.shape[-2] - before
         first = tower.blocks[0]
         read = (
             tower.token_embedding.weight,
@@ -57,13 +65,12 @@ class ConstantCache:
             first.attn.in_proj_weight,
             first.attn.in_proj_bias,
         )
-        key = (class_tokens, start, *((tensor.data_ptr(), tensor.dtype, tensor._version) for tensor in read))
+        weights = ((tensor.data_ptr(), tensor.dtype, tensor._version) for tensor in read)
+        key = (class_tokens, start, before, behind, *weights)
         constants = self._kept.pop(key, None)
         if constants is None:
             with torch.inference_mode(False), torch.no_grad():  # what is kept may serve a training later
-                states = tower.embed(class_tokens.ids).index_select(0, packing.token)
-                states = states + tower.positional_embedding[start + packing.position].to(states.dtype)
-                constants = NameConstants(states, split_heads(first, states))
+                constants = _constants(tower, class_tokens, start, before, behind)
         if keep:
             self._keep(key, constants)
         return constants
@@ -76,35 +83,51 @@ class ConstantCache:
             del self._kept[next(iter(self._kept))]
 
 
+def _constants(tower: TextTower, class_tokens: ClassTokens, start: int, before: int, behind: int) -> NameConstants:
+    """Of names from position ``start`` on, around which each class brings so many tokens."""
+    names = tower.embed(class_tokens.ids)
+    packing = pack(tuple(before + length + behind for length in class_tokens.lengths), names.device)
+    positions = tower.positional_embedding[start + packing.position].to(names.dtype)
+    if before + behind:
+        order = class_tokens.order(before, behind, names.device)
+        return NameConstants(packing, names, positions, order[packing.token])
+    states = names.index_select(0, packing.token) + positions
+    return NameConstants(packing, states, qkv=split_heads(tower.blocks[0], states))
+
+
 def encode_shared_prefix(
-    tower: TextTower, context: Tensor, class_tokens: ClassTokens, after: Tensor, sparing: bool = False
+    tower: TextTower, context: Tensor, after: Tensor, constants: NameConstants, sparing: bool = False
 ) -> Tensor:
-    """End-of-text states (G, C, W), before the final norm.
+    """End-of-text states (G, C, W), before the final norm. Nothing is read from the host's memory.
 
     Args:
         tower: gives embeddings and blocks.
         context: (G, M, W) or (G, C, M, W), in front of the names.
-        class_tokens: the names.
         after: (G, A, W) or (G, C, A, W), between name and suffix.
-        sparing: see ``EncodingPlan``; nothing is kept for the next pass then.
+        constants: of the names behind such contexts.
+        sparing: see ``EncodingPlan``.
     """
-    groups = len(context)
-    own = context if context.dim() == 4 else context[:, :0]
-    brought = own.shape[-2] + after.shape[-2]  # tokens that each class brings beside its name
-    packing = pack(tuple(brought + length for length in class_tokens.lengths), context.device)
-    start = tower.embed(torch.tensor([tower.start_of_text])).expand(groups, 1, tower.width)
-    prefix = start if own is context else torch.cat([start, context], dim=1)
-    shared = prefix.shape[1]
-    prefix = prefix + tower.positional_embedding[:shared].to(context.dtype)
-    if not brought:
-        constants = tower.constants.get(tower, class_tokens, packing, shared, keep=not sparing)
-        names = constants.states.expand(groups, -1, -1)
-        return end_of_text_states(tower.blocks, prefix, names, packing, constants.qkv, sparing)
-    tokens, order = tower.bring(own, class_tokens, after)
-    positions = tower.positional_embedding[shared + packing.position].to(context.dtype)
-    return end_of_text_states(
-        tower.blocks, prefix, tokens.index_select(1, order[packing.token]) + positions, packing, sparing=sparing
-    )
+    start = tower.token_embedding.weight[tower.start_of_text].expand(len(context), 1, -1)
+    own, prefix = (context, start) if context.dim() == 4 else (context[:, :0], torch.cat([start, context], dim=1))
+    prefix = prefix + tower.positional_embedding[: prefix.shape[1]].to(context.dtype)
+    names = constants.states.expand(len(context), -1, -1)
+    if constants.source is not None:
+        names = bring(names, own, after, len(constants.packing.last)).index_select(1, constants.source)
+        names = names + constants.positions
+    return end_of_text_states(tower.blocks, prefix, names, constants.packing, constants.qkv, sparing)
+
+
+def bring(names: Tensor, own: Tensor, after: Tensor, classes: int) -> Tensor:
+    """Names (G, T, W) and behind them the tokens that the classes bring, (G, T + C * (M + A), W).
+
+    Args:
+        names: (G, T, W), the tokens of all classes, one after the other.
+        own: (G, C, M, W), in front of the names, or (G, 0, W).
+        after: (G, C, A, W), or (G, A, W) for all classes; between name and suffix.
+        classes: C.
+    """
+    each = [x if x.dim() == 4 else x[:, None].expand(-1, classes, -1, -1) for x in (own, after)]
+    return torch.cat([names, *(x.flatten(1, 2) for x in each)], dim=1)
 
 
 def end_of_text_states(

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastprompt.backbone.blocks import check_block, close_block, split_heads
-from fastprompt.backbone.class_tokens import ClassTokens, token_order
+from fastprompt.backbone.class_tokens import ClassTokens
 from fastprompt.backbone.features import queue_copy
 from fastprompt.backbone.memory import EncodingPlan, MemoryBudget, TowerSize, plan_encoding, release_freed_memory
-from fastprompt.backbone.shared_prefix import ConstantCache, encode_shared_prefix
+from fastprompt.backbone.shared_prefix import ConstantCache, bring, encode_shared_prefix
 from fastprompt.errors import InputError
 
 
@@ -108,32 +108,16 @@ class TextTower:
         return torch.cat(rows)
 
     def _encode(self, context: Tensor, after: Tensor, class_tokens: ClassTokens, sparing: bool = False) -> Tensor:
-        if self.shares_prefix:
-            return self._project(encode_shared_prefix(self, context, class_tokens, after, sparing))
-        return self._project(self._encode_full_length(context, class_tokens, after, sparing))
+        if not self.shares_prefix:
+            return self._project(self._encode_full_length(context, class_tokens, after, sparing))
+        constants = self.constants.get(self, class_tokens, context, after, keep=not sparing)
+        return self._project(encode_shared_prefix(self, context, after, constants, sparing))
 
     def _project(self, x: Tensor) -> Tensor:
         x = self.final_norm(x)
         if self.projection is None:
             return x
         return self.projection(x) if isinstance(self.projection, nn.Linear) else x @ self.projection
-
-    def bring(self, own: Tensor, class_tokens: ClassTokens, after: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens behind the shared prefix (G, N, W), and the order in which the classes bring them.
-
-        Args:
-            own: (G, C, M, W) contexts in front of the names, or (G, 0, W).
-            class_tokens: the classes.
-            after: (G, C, A, W), or (G, A, W) for all classes; between name and suffix.
-        """
-        names = self.embed(class_tokens.ids).expand(len(after), -1, -1)
-        before, behind, classes = own.shape[-2], after.shape[-2], len(class_tokens)
-        name_lengths = class_tokens.name_lengths or class_tokens.lengths
-        order = token_order(class_tokens.lengths, name_lengths, before, behind, names.device)
-        if not before + behind:
-            return names, order
-        each = [x if x.dim() == 4 else x[:, None].expand(-1, classes, -1, -1) for x in (own, after)]
-        return torch.cat([names, *(x.flatten(1, 2) for x in each)], dim=1), order
 
     def _encode_full_length(
         self, context: Tensor, class_tokens: ClassTokens, after: Tensor, sparing: bool = False
@@ -145,8 +129,10 @@ class TextTower:
         padding = self.embed(torch.tensor([self.padding])).expand(groups, self.context_length, -1)
         context = context if context.dim() == 4 else context[:, None].expand(-1, classes, -1, -1)
         learned = context.shape[-2] + after.shape[-2]
-        tokens, order = self.bring(context, class_tokens, after)
-        names = tokens.index_select(1, order).split([learned + length for length in class_tokens.lengths], dim=1)
+        order = class_tokens.order(context.shape[-2], after.shape[-2], context.device)
+        names = self.embed(class_tokens.ids).expand(groups, -1, -1)
+        names = bring(names, context, after, classes).index_select(1, order)
+        names = names.split([learned + length for length in class_tokens.lengths], dim=1)
         rows = [torch.cat([start, name, padding], dim=1)[:, : self.context_length] for name in names]
         x = torch.stack(rows, dim=1).flatten(0, 1)
         x = x + self.positional_embedding.to(x.dtype)
