@@ -21,7 +21,7 @@ def make_clip(vision=VIT, text=TEXT, embed_dim=32, quick_gelu=True):
     return model
 
 
-def make_backbone(model, name="test"):
+def make_backbone(model, name="test", **options):
     return Backbone(
         model,
         read_tokenizer(open_clip.SimpleTokenizer()),
@@ -35,4 +35,5 @@ def make_backbone(model, name="test"):
             "interpolation": "bicubic",
             "resize_mode": "shortest",
         },
+        **options,
     )

@@ -39,6 +39,8 @@ class Backbone(nn.Module):
             themselves; "auto" for half of the memory that is free when a number of contexts, their length and a list
             of names are seen for the first time. What does not fit is encoded piece by piece, and for gradients each
             piece a second time: a third more work.
+        cuda_graphs: whether a GPU replays passes through the text tower that repeat, those with gradients and in one
+            piece. The memory of up to two such passes stays taken. Elsewhere it changes nothing.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Backbone(nn.Module):
         fingerprint: str,
         preprocessing: dict,
         memory_budget: MemoryBudget = "auto",
+        cuda_graphs: bool = True,
     ) -> None:
         super().__init__()
         size = preprocessing["size"]
@@ -64,7 +67,7 @@ class Backbone(nn.Module):
         self.image_size = height
         if memory_budget != "auto" and (not isinstance(memory_budget, int) or memory_budget < 1):
             raise InputError(f'memory_budget: expected a positive number of bytes or "auto", got {memory_budget!r}')
-        self.memory_budget = memory_budget
+        self.memory_budget, self.cuda_graphs = memory_budget, cuda_graphs
         self.mean, self.std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
         self.interpolation = preprocessing["interpolation"]
         self.resize_mode = preprocessing["resize_mode"]
@@ -163,7 +166,9 @@ class Backbone(nn.Module):
                 raise InputError("class_tokens: expected name_lengths, which say where the context goes, got none")
             after = after.to(self.device)
         with torch.autocast(self.device.type, enabled=False):  # the weights' precision is the tower's
-            features = self._text.encode(context.to(self.device), class_tokens, self.memory_budget, after)
+            features = self._text.encode(
+                context.to(self.device), class_tokens, self.memory_budget, after, self.cuda_graphs
+            )
         text = at_least_float32(features)
         return F.normalize(text, dim=-1) if normalise else text
 

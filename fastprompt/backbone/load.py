@@ -32,6 +32,7 @@ def load_backbone(
     precision: str | None = None,
     cache_dir: str | Path | None = None,
     memory_budget: MemoryBudget = "auto",
+    cuda_graphs: bool = True,
 ) -> Backbone:
     """Load a frozen CLIP model.
 
@@ -45,6 +46,7 @@ def load_backbone(
             float32 whatever this is.
         cache_dir: where downloaded weights are kept; open_clip's own default otherwise.
         memory_budget: bytes that encoding prompts may take, or "auto"; see ``Backbone``.
+        cuda_graphs: whether a GPU replays passes through the text tower that repeat; see ``Backbone``.
 
     Raises:
         InputError: unknown name, tag, device or precision; an activation that does not fit the weights; a tower that
@@ -70,6 +72,7 @@ def load_backbone(
         fingerprint=fingerprint,
         preprocessing=open_clip.get_model_preprocess_cfg(model),
         memory_budget=memory_budget,
+        cuda_graphs=cuda_graphs,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -13,7 +14,8 @@ from fastprompt.backbone.blocks import check_block, close_block, split_heads
 from fastprompt.backbone.class_tokens import ClassTokens
 from fastprompt.backbone.features import queue_copy
 from fastprompt.backbone.memory import EncodingPlan, MemoryBudget, TowerSize, plan_encoding, release_freed_memory
-from fastprompt.backbone.shared_prefix import ConstantCache, bring, encode_shared_prefix
+from fastprompt.backbone.replay import Replays
+from fastprompt.backbone.shared_prefix import ConstantCache, NameConstants, bring, encode_shared_prefix
 from fastprompt.errors import InputError
 
 
@@ -40,7 +42,7 @@ class TextTower:
         self.start_of_text = start_of_text
         self.padding = padding
         self.attn_mask = tower.attn_mask
-        self.constants = ConstantCache()
+        self.constants, self.replays = ConstantCache(), Replays()
         self.shares_prefix = self.attn_mask is not None and self.pool_type in ("argmax", "eos")
 
     @staticmethod
@@ -86,7 +88,12 @@ class TextTower:
         return plan_encoding(self.size(), groups, shared, lengths, budget, device, with_gradient)
 
     def encode(
-        self, context: Tensor, class_tokens: ClassTokens, budget: MemoryBudget, after: Tensor | None = None
+        self,
+        context: Tensor,
+        class_tokens: ClassTokens,
+        budget: MemoryBudget,
+        after: Tensor | None = None,
+        cuda_graphs: bool = False,
     ) -> Tensor:
         """Text features (G, C, D), not normalised, of contexts (G, M, W) or (G, C, M, W); ``after`` is behind names."""
         after = context[..., :0, :] if after is None else after
@@ -95,7 +102,7 @@ class TextTower:
         own, shared = (context.shape[-2], 0) if context.dim() == 4 else (0, context.shape[-2])
         plan = self.plan(len(context), own + after.shape[-2], shared, class_tokens, budget)
         if plan.whole:
-            return self._encode(context, after, class_tokens, plan.sparing)
+            return self._encode(context, after, class_tokens, plan.sparing, cuda_graphs and not plan.sparing)
         names = class_tokens.split(plan.classes)
         rows, encode = [], partial(self._encode, sparing=plan.sparing)
         for part in zip(context.split(plan.groups), after.split(plan.groups), strict=True):
@@ -107,11 +114,24 @@ class TextTower:
             rows.append(torch.cat(pieces, dim=1))
         return torch.cat(rows)
 
-    def _encode(self, context: Tensor, after: Tensor, class_tokens: ClassTokens, sparing: bool = False) -> Tensor:
+    def _encode(
+        self, context: Tensor, after: Tensor, class_tokens: ClassTokens, sparing: bool, replay: bool = False
+    ) -> Tensor:
         if not self.shares_prefix:
             return self._project(self._encode_full_length(context, class_tokens, after, sparing))
         constants = self.constants.get(self, class_tokens, context, after, keep=not sparing)
+        behind = partial(self._encode_behind, constants=constants, sparing=sparing)
+        if not replay:
+            return behind(context, after)
+        return self.replays.encode(behind, (context, after), constants, self._weights())
+
+    def _encode_behind(self, context: Tensor, after: Tensor, constants: NameConstants, sparing: bool) -> Tensor:
         return self._project(encode_shared_prefix(self, context, after, constants, sparing))
+
+    def _weights(self) -> Iterator[Tensor]:
+        """What a pass reads of the model."""
+        for part in (self.token_embedding, self.positional_embedding, self.blocks, self.final_norm, self.projection):
+            yield from part.parameters() if isinstance(part, nn.Module) else [] if part is None else [part]
 
     def _project(self, x: Tensor) -> Tensor:
         x = self.final_norm(x)

@@ -33,6 +33,8 @@ class BackboneConfig:
     """Where downloaded weights are kept. Default: open_clip's own folder."""
     memory_budget: int | Literal["auto"] = "auto"
     """Bytes that the text encoder may take; what does not fit is encoded in pieces. auto: half of the free memory."""
+    cuda_graphs: bool = True
+    """On a GPU, replay passes of the text encoder that repeat. The memory of up to two stays taken."""
 
     def backbone_and_weights(self) -> tuple[str, str | None]:
         """Name and weights of the backbone, with absolute paths: a run is used from other folders, too."""
@@ -105,7 +107,7 @@ class ExperimentConfig(DataConfig, BackboneConfig, FeatureConfig):
     def resolved(self) -> dict[str, Any]:
         """What decides the result: everything but where it runs, how images are read, and where files go."""
         elsewhere = {field.name for field in fields(FeatureConfig)}
-        elsewhere |= {"device", "weights_dir", "memory_budget", "out", "image_memory"}
+        elsewhere |= {"device", "weights_dir", "memory_budget", "cuda_graphs", "out", "image_memory"}
         chosen = {name: value for name, value in asdict(self).items() if name not in elsewhere}
         chosen |= {name: path.expanduser().resolve() for name, path in chosen.items() if isinstance(path, Path)}
         chosen["backbone"], chosen["pretrained"] = self.backbone_and_weights()

@@ -75,6 +75,7 @@ def train_run(config: ExperimentConfig, *, backbone: Backbone | None = None, pro
                 precision=config.precision,
                 cache_dir=config.weights_dir,
                 memory_budget=config.memory_budget,
+                cuda_graphs=config.cuda_graphs,
             )
         learner, *peers = _learners(config, backbone, train.class_names)
         learner.check()
