@@ -6,16 +6,9 @@ from torch import Tensor
 
 
 def prefix_attention(tokens: Tensor, queries: Tensor | None, sequence: Tensor, slots: Tensor | None) -> Tensor:
-    """What the reference computes, row by row. Differentiable as far as scaled_dot_product_attention is.
+    """What the reference computes, of arguments as they are there, row by row.
 
-    Args:
-        tokens: (G, T, 3, H, d), or (G, T, 2, H, d) with queries.
-        queries: (G, rows * E, H, d), or None.
-        sequence: (rows, width) integers.
-        slots: (rows, E) integers, or None without queries.
-
-    Returns:
-        (G, T, H * d), or (G, rows * E, H * d) with queries.
+    Differentiable as far as scaled_dot_product_attention is.
     """
     (rows, width), (G, T, _, H, _) = sequence.shape, tokens.shape
     shared = T - rows * width

@@ -38,20 +38,12 @@ class Blocks:
 
 
 def prefix_attention(tokens: Tensor, queries: Tensor | None, sequence: Tensor, slots: Tensor | None) -> Tensor:
-    """What the reference computes, by ``memory_efficient_attention``, and differentiable as that is: once.
+    """What the reference computes, of arguments as they are there, by ``memory_efficient_attention``. Differentiable as
+    that is: once.
 
     xformers wants the lengths of blocks on the host, so the first call with a `sequence` and `slots` waits until the
     device has copied them. What was made of the 64 pairs used last is kept. xformers does not promise the same bits in
     every run, and refuses to run where torch is told to be deterministic.
-
-    Args:
-        tokens: (G, T, 3, H, d), or (G, T, 2, H, d) with queries.
-        queries: (G, rows * E, H, d), or None.
-        sequence: (rows, width) integers.
-        slots: (rows, E) integers, or None without queries.
-
-    Returns:
-        (G, T, H * d), or (G, rows * E, H * d) with queries.
 
     Raises:
         ValueError: xformers is not installed, or has no kernel for such inputs.
