@@ -37,8 +37,8 @@ def model(request):
     return made.eval().requires_grad_(False)
 
 
-def both(ours, theirs, leaf):
-    """Results and gradients of both functions of a learned tensor, compared."""
+def assert_same_results_and_gradients(ours, theirs, leaf):
+    """Assert that two functions of a learned tensor have the same results and gradients."""
     results = []
     for function in (ours, theirs):
         learned = leaf.clone().requires_grad_()
@@ -55,7 +55,7 @@ def both(ours, theirs, leaf):
 def test_text_encoder_equals_that_of_coop(model, position):
     ids, lengths = placeholders(4)
     encoder, context = SharedPrefixTextEncoder(model), 0.3 * torch.randn(4, 48)
-    both(
+    assert_same_results_and_gradients(
         lambda learned: encoder(coop_prompts(model, learned, ids, lengths, position), ids),
         lambda learned: text_encoder(model, coop_prompts(model, learned, ids, lengths, position), ids),
         context,
@@ -67,7 +67,7 @@ def test_class_specific_contexts_keep_gradients_of_their_own_even_if_they_start_
     ids, lengths = placeholders(3)
     context = 0.3 * torch.randn(len(NAMES) if start == "random" else 1, 3, 48).expand(len(NAMES), -1, -1)
     encoder = SharedPrefixTextEncoder(model)
-    both(
+    assert_same_results_and_gradients(
         lambda learned: encoder(coop_prompts(model, learned, ids, lengths), ids),
         lambda learned: text_encoder(model, coop_prompts(model, learned, ids, lengths), ids),
         context,
@@ -83,7 +83,7 @@ def test_contexts_that_a_network_makes_of_each_name_keep_their_gradients(model):
     def prompts(learned):
         return coop_prompts(model, base + (of_names @ learned).unflatten(1, (2, 48)), ids, lengths)
 
-    both(
+    assert_same_results_and_gradients(
         lambda learned: encoder(prompts(learned), ids),
         lambda learned: text_encoder(model, prompts(learned), ids),
         network,
@@ -98,7 +98,7 @@ def test_text_encoder_takes_the_loop_over_images_of_cocoop(model):
         contexts = learned + shifts  # (B, M, W)
         return torch.stack([coop_prompts(model, context, ids, lengths) for context in contexts])
 
-    both(
+    assert_same_results_and_gradients(
         lambda learned: torch.stack([encoder(rows, ids) for rows in per_image(learned)]),
         lambda learned: torch.stack([text_encoder(model, rows, ids) for rows in per_image(learned)]),
         0.3 * torch.randn(4, 48),
@@ -108,7 +108,7 @@ def test_text_encoder_takes_the_loop_over_images_of_cocoop(model):
 def test_encode_equals_that_of_gallop(model):
     ids = TOKENIZER(list(NAMES), context_length=77)
     encoder = SharedPrefixTextEncoder(model)
-    both(
+    assert_same_results_and_gradients(
         lambda learned: encoder.encode(learned, ids),
         lambda learned: gallop_text(model, learned, ids),
         0.3 * torch.randn(3, 4, 48),
