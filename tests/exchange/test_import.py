@@ -3,18 +3,21 @@
 import argparse
 import logging
 import os
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from open_clip import SimpleTokenizer
+from torch.optim import Adam, AdamW
+from torch.optim.lr_scheduler import MultiStepLR, StepLR
 
 from benchmarks.peers import encode_padded
 from fastprompt import InputError, load_backbone
 from fastprompt.cli import main
 from fastprompt.exchange.checkpoint import read_checkpoint
 from fastprompt.experiment.use import load_run
-from tests.exchange.conftest import save_dassl, save_gallop
+from tests.exchange.conftest import SGD, save_dassl, save_gallop
 
 NAMES = ("dark_blue", "green", "red", "yellow")
 
@@ -66,6 +69,21 @@ def test_coop_and_kgcoop(method, backbone, model_folder, names, start, random, c
     torch.testing.assert_close(learner(features).logits, backbone.logit_scale * features.pooled @ text.T)
 
 
+@pytest.mark.parametrize("position", ["middle", "front"])
+def test_where_the_name_of_coop_stood_is_asked(position, model_folder, names, start, common, tmp_path):
+    save_dassl(tmp_path / "c", {"ctx": torch.ones(4, 48)}, buffers(start))
+    assert bring_in(tmp_path / "c", model_folder, "--class-names", names, "--position", position) == 0
+    assert load_run("run", device="cpu").position == position
+
+
+@pytest.mark.parametrize("optimizer", [SGD, partial(Adam, eps=1e-3), partial(AdamW, eps=1e-3)])  # in half precision
+@pytest.mark.parametrize("following", [partial(StepLR, step_size=3), partial(MultiStepLR, milestones=[3])])
+def test_optimizers_and_schedulers_that_dassl_knows(optimizer, following, start, random, tmp_path):
+    context = torch.randn(4, 48, generator=random)
+    save_dassl(tmp_path / "c", {"ctx": context}, buffers(start), optimizer, following)
+    assert torch.equal(read_checkpoint(tmp_path / "c").learned["context"], context.half().float())
+
+
 def test_class_specific_coop_counts_its_classes(model_folder, names, start, random, common, tmp_path, capsys):
     save_dassl(tmp_path / "c", {"ctx": torch.randn(4, 2, 48, generator=random)}, buffers(start))
     assert bring_in(tmp_path / "c", model_folder, "--class-names", names) == 0
@@ -110,6 +128,16 @@ def test_gallop(kind, gallop, model_folder, photos, common, tmp_path):
     torch.testing.assert_close(learner.local_prompts.data, gallop["local_prompts"])
     torch.testing.assert_close(learner.local_projection.data, gallop["local_proj.linear.weight"])
     assert main(["evaluate", "run", "--no-cache"]) == 0
+
+
+def test_gallop_without_the_arguments_of_its_script(gallop, random, model_folder, names, common, tmp_path):
+    """Saved from DataParallel, by whatever code: the defaults of GalLoP's are taken."""
+    gallop["local_prompts"] = 0.3 * torch.randn(4, 4, 48, generator=random)
+    torch.save({"state_dict": {f"module.{name}": value for name, value in gallop.items()}}, tmp_path / "g")
+    assert bring_in(tmp_path / "g", model_folder, "--class-names", names) == 0
+    learner = load_run("run", device="cpu")
+    assert (learner.k, learner.dropout) == ((5, 10, 15, 20), 0.75)
+    torch.testing.assert_close(learner.local_prompts.data, gallop["local_prompts"])
 
 
 def test_evaluate_asks_for_data_where_there_is_none(gallop, model_folder, names, common, tmp_path, capsys):
