@@ -8,16 +8,15 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from open_clip import SimpleTokenizer
 from torch.optim import Adam, AdamW
 from torch.optim.lr_scheduler import MultiStepLR, StepLR
 
-from benchmarks.peers import encode_padded
 from fastprompt import InputError, load_backbone
 from fastprompt.cli import main
 from fastprompt.exchange.checkpoint import read_checkpoint
 from fastprompt.experiment.use import load_run
 from tests.exchange.conftest import SGD, save_dassl, save_gallop
+from tests.learners.support import padded_text
 
 NAMES = ("dark_blue", "green", "red", "yellow")
 
@@ -46,11 +45,6 @@ def bring_in(file, model_folder, *more):
     return main(["import", str(file), "--backbone", f"local-dir:{model_folder}", "--out", "run", *map(str, more)])
 
 
-def text_of(backbone, context, names, suffix="."):
-    ids = SimpleTokenizer()([f"{name}{suffix}" for name in names], context_length=77)
-    return encode_padded(backbone.model, context, ids)
-
-
 def images():
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -65,7 +59,7 @@ def test_coop_and_kgcoop(method, backbone, model_folder, names, start, random, c
     assert bring_in(tmp_path / "model.pth.tar-10", model_folder, "--class-names", names) == 0
     learner, features = load_run("run", backbone=backbone), backbone.encode_images(images())
     assert (learner.method, learner.class_names) == (method, ("dark blue", "green", "red", "yellow"))
-    text = text_of(backbone, context.half().float()[None], learner.class_names)[0]
+    text = padded_text(backbone, context.half().float()[None], learner.class_names)[0]
     torch.testing.assert_close(learner(features).logits, backbone.logit_scale * features.pooled @ text.T)
 
 
@@ -103,7 +97,7 @@ def test_cocoop(backbone, model_folder, names, start, random, common, tmp_path):
     w1, b1, w2, b2 = (tensors[f"meta_net.{name}"].half().float() for name in shapes)
     shift = F.linear(F.linear(features.pooled, w1, b1).relu(), w2, b2)
     contexts = tensors["ctx"].half().float() + shift[:, None]
-    text = text_of(backbone, contexts, learner.class_names)  # (B, C, D)
+    text = padded_text(backbone, contexts, learner.class_names)  # (B, C, D)
     expected = backbone.logit_scale * (features.pooled[:, None] * text).sum(dim=-1)
     torch.testing.assert_close(learner(features).logits, expected, rtol=1e-5, atol=1e-4)
 
