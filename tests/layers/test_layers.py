@@ -17,7 +17,7 @@ from benchmarks.drop_in_peers import (
     topk_reduce,
 )
 from fastprompt import InputError
-from fastprompt.layers import GlobalLocalLoss, SharedPrefixTextEncoder, TopKLocalHead
+from fastprompt.layers import GlobalLocalLoss, SharedPrefixTextEncoder, TopKLocalHead, local_head
 from tests.models import make_clip
 
 NAMES = ("cat", "red fox", "very long name of a dog", "polar bear", "a photo")
@@ -234,7 +234,9 @@ def local():
 @pytest.mark.parametrize("topk", [(1, 3, 20), (4,)])
 @pytest.mark.parametrize("held", [1, 2**20], ids=["image by image", "all images"])
 def test_local_head_and_loss_equal_those_of_gallop(local, topk, held, monkeypatch):
-    monkeypatch.setattr("fastprompt.layers.local_head.BYTES_ON_CPU", held)
+    seen, unit = [], local_head._unit
+    monkeypatch.setattr(local_head, "BYTES_ON_CPU", held)
+    monkeypatch.setattr(local_head, "_unit", lambda some, *rest: seen.append(len(some)) or unit(some, *rest))
     features, projection, visual_proj, text = local
     global_logits, targets = 0.3 * torch.randn(2, 6, 4), torch.tensor([5, 2])
     head, loss = TopKLocalHead(topk), GlobalLocalLoss(topk=topk, global_dropout_p=0.5)
@@ -255,6 +257,7 @@ def test_local_head_and_loss_equal_those_of_gallop(local, topk, held, monkeypatc
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     ours.backward()
     expected.backward()
+    assert seen == ([1, 1, 1, 1] if held == 1 else [2, 2]), "images at a time, forward and backward"
     for one, other in zip(mine, theirs, strict=True):
         assert one.grad.abs().max() > 1e-3
         # Elements are sums of terms as large as the largest of them.
