@@ -16,17 +16,12 @@ from fastprompt.demo.experiment import SEEDS, SHOTS, prepare
 from fastprompt.errors import InputError
 from fastprompt.evaluation import Row, Summary, harmonic_mean
 from fastprompt.learners import find_method
-from fastprompt.report import Column, Table
+from fastprompt.report import MEASURES, Column, Table
 
 PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
 BEGIN, END = "<!-- begin: python -m benchmarks methods -->", "<!-- end: python -m benchmarks methods -->"
-PERCENT = {"unit": "%", "scale": 100.0}
-MEASURES = {
-    "base": Column("Base", higher_is_better=True, **PERCENT),
-    "new": Column("New", higher_is_better=True, **PERCENT),
-    "harmonic": Column("H", higher_is_better=True, **PERCENT),
-    "fpr95": Column("FPR95", higher_is_better=False, **PERCENT),
-    "auroc": Column("AUROC", higher_is_better=True, **PERCENT),
+COLUMNS = {
+    **{name: MEASURES[name] for name in ("base", "new", "harmonic", "fpr95", "auroc")},
     "step": Column("Step", unit="ms", higher_is_better=False),
     "memory": Column("Memory of a step", unit="MB", higher_is_better=False),
 }
@@ -95,7 +90,7 @@ def table(rows: Sequence[Mapping[str, str]], costs: Mapping[str, tuple[float, fl
         "two means. FPR95 and AUROC: test images of the base classes against objects of no class, by GL-MCM. A step is "
         f"forward and backward for {IMAGES} images on cached features; memory is beyond what was there."
     )
-    return Table("All methods on the demo's scenes", tuple(MEASURES.values()), tuple(lines), "Method", note)
+    return Table("All methods on the demo's scenes", tuple(COLUMNS.values()), tuple(lines), "Method", note)
 
 
 def _summary(rows: Sequence[Mapping[str, str]], measure: str) -> Summary | None:

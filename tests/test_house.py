@@ -75,13 +75,9 @@ def test_only_kernels_import_triton_and_none_unpickles(file):
     if "kernels" not in file.parts:
         assert "triton" not in modules
     text = file.read_text(encoding="utf-8")
-    if file == CHECKPOINTS:
-        assert text.count("torch.load(") == text.count("weights_only=True") == 1
-        assert "import pickle" not in text
-        assert text.count("from pickle import") == text.count("from pickle import UnpicklingError") == 1
-        return
     assert not modules & {"pickle", "cloudpickle", "dill", "joblib"}
-    assert "torch.load(" not in text
+    assert text.count("torch.load(") == (1 if file == CHECKPOINTS else 0)
+    assert "torch.load(" not in text or text.count("weights_only=True") == 1
 
 
 @pytest.mark.parametrize("package", ["fastprompt", "fastprompt_kernels"])

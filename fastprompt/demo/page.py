@@ -14,6 +14,7 @@ from fastprompt.demo.scenes import DOMAINS, PRETRAIN_CLASSES
 from fastprompt.evaluation import Row, Summary, harmonic_mean
 from fastprompt.experiment.use import load_run
 from fastprompt.report import (
+    MEASURES,
     CaptionedFigure,
     Column,
     GalleryItem,
@@ -22,18 +23,17 @@ from fastprompt.report import (
     TrainingCurve,
     draw_selected_patches,
     draw_training_curves,
+    percent_column,
     write_report,
 )
 from fastprompt.training import epoch_metrics
 
 PICTURES = 8  # in the gallery
-PERCENT_UP = {"unit": "%", "scale": 100.0, "higher_is_better": True}
-
-MEASURES = {
-    "accuracy": Column("Accuracy", **PERCENT_UP),
-    **{name: Column(name.capitalize(), **PERCENT_UP) for name in DOMAINS},
-    "fpr95": Column("FPR95", unit="%", scale=100.0, higher_is_better=False),
-    "auroc": Column("AUROC", **PERCENT_UP),
+COLUMNS = {
+    "accuracy": MEASURES["accuracy"],
+    **{name: percent_column(name.capitalize()) for name in DOMAINS},
+    "fpr95": MEASURES["fpr95"],
+    "auroc": MEASURES["auroc"],
     "seconds": Column("Training", unit="s", higher_is_better=False),
     "memory": Column("Peak memory", unit="MB", scale=1e-6, format=".0f", higher_is_better=False),
 }
@@ -50,14 +50,14 @@ def run_demo(out: Path) -> str:
 
 def all_classes_table(result: DemoResult) -> Table:
     """Trained on all classes: accuracy, shifted renderings, unknown objects, cost."""
-    rows = tuple(Row(method, tuple(_cells(trials, MEASURES))) for method, trials in result.trials.items())
+    rows = tuple(Row(method, tuple(_cells(trials, COLUMNS))) for method, trials in result.trials.items())
     images, classes = len(result.materials.test), len(result.materials.dataset.test.class_names)
     title = f"{classes} classes, {SHOTS} training images each, {images} test images, {len(SEEDS)} seeds"
     note = (
         "Accuracy on test images as trained, then in shifted renderings. FPR95 and AUROC: telling objects of no class "
         "apart by GL-MCM. Training: seconds of all epochs on cached features. Peak memory of the process meanwhile."
     )
-    return Table(title, tuple(MEASURES.values()), rows, "Method", note)
+    return Table(title, tuple(COLUMNS.values()), rows, "Method", note)
 
 
 def base_to_new_table(result: DemoResult) -> Table:
@@ -66,7 +66,7 @@ def base_to_new_table(result: DemoResult) -> Table:
     for method, trials in result.trials.items():
         base, new = _cells(trials, ("base", "new"))
         rows.append(Row(method, (base, new, harmonic_mean(base.mean, new.mean))))
-    columns = tuple(Column(title, **PERCENT_UP) for title in ("Base", "New", "H"))
+    columns = tuple(MEASURES[name] for name in ("base", "new", "harmonic"))
     note = "H is the harmonic mean of the two means."
     classes = -(-len(result.materials.dataset.test.class_names) // 2)
     return Table(f"Base to new: trained on the first {classes} classes", columns, tuple(rows), "Method", note)

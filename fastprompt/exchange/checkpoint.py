@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -112,10 +112,11 @@ def _read(file: Path) -> Any:
     try:
         with torch.serialization.safe_globals(HARMLESS):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        reason = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
-        raise InputError(f"{file} must be a checkpoint that can be read without executing it: {reason}") from error
     except Exception as error:  # over a damaged file torch's reader stumbles in many ways
+        # Of what it says, the name alone is passed on: the rest tells how to execute the file all the same.
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            needs = f"it needs {refused[1]}"
+            raise InputError(f"{file} must be a checkpoint that is read without executing it, but {needs}") from error
         raise InputError(f"{file} must be a checkpoint, but it cannot be read ({type(error).__name__})") from error
 
 

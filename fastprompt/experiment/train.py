@@ -15,21 +15,19 @@ from fastprompt.experiment.augmentation import training_source
 from fastprompt.experiment.config import ExperimentConfig, TrainConfig
 from fastprompt.experiment.sources import feature_source
 from fastprompt.learners import Learner, ZeroShot, make_learner
-from fastprompt.report import CaptionedFigure, Column, Report, Table, TrainingCurve, draw_training_curves, write_report
+from fastprompt.report import (
+    MEASURES,
+    CaptionedFigure,
+    Report,
+    Table,
+    TrainingCurve,
+    draw_training_curves,
+    write_report,
+)
 from fastprompt.training import FeatureSource, RunFolder, epoch_metrics, fit
 
 EVALUATION = "evaluation"  # kind of line in metrics.jsonl
 REPORT = "report.html"
-
-PERCENT = {"unit": "%", "scale": 100.0}
-COLUMNS = {
-    "accuracy": Column("Accuracy", higher_is_better=True, **PERCENT),
-    "mean_per_class": Column("Mean per class", higher_is_better=True, **PERCENT),
-    "calibration_error": Column("Calibration error", higher_is_better=False, **PERCENT),
-    "base": Column("Base", higher_is_better=True, **PERCENT),
-    "new": Column("New", higher_is_better=True, **PERCENT),
-    "harmonic": Column("H", higher_is_better=True, **PERCENT),
-}
 
 
 @dataclass(frozen=True)
@@ -143,9 +141,9 @@ def _test(
 def results_table(run: RunFolder, dataset: str) -> Table:
     """The test results in a run folder."""
     results = run.metrics(EVALUATION)[-1]["results"]
-    measures = [name for name in COLUMNS if all(name in result for result in results.values())]
+    measures = [name for name in MEASURES if all(name in result for result in results.values())]
     rows = tuple(Row(method, tuple(result[name] for name in measures)) for method, result in results.items())
-    return Table(f"{dataset}: test images", tuple(COLUMNS[name] for name in measures), rows, "Method")
+    return Table(f"{dataset}: test images", tuple(MEASURES[name] for name in measures), rows, "Method")
 
 
 def _report(config: ExperimentConfig, run: RunFolder, table: Table) -> Report:

@@ -15,17 +15,11 @@ from fastprompt.errors import InputError
 from fastprompt.evaluation import Row, evaluate_accuracy, ood_detection
 from fastprompt.experiment.config import EvaluateConfig, ExplainConfig, PredictConfig
 from fastprompt.experiment.sources import feature_source, image_transform, split_of, unlabelled
-from fastprompt.experiment.train import COLUMNS, PERCENT
 from fastprompt.learners import Learner, ZeroShot
 from fastprompt.learners.stored import rebuild
-from fastprompt.report import Column, Table, draw_selected_patches
+from fastprompt.report import MEASURES, Table, draw_selected_patches
 from fastprompt.training import RunFolder
 from fastprompt.training.run_folder import MODEL
-
-OOD_COLUMNS = (
-    Column("FPR95", higher_is_better=False, **PERCENT),
-    Column("AUROC", higher_is_better=True, **PERCENT),
-)
 
 
 def load_run(path: str | Path, *, device: str | None = None, backbone: Backbone | None = None) -> Learner:
@@ -67,7 +61,7 @@ def evaluate_run(config: EvaluateConfig, *, progress: bool = True) -> Table:
 
     source = feature_source(images, learner.backbone, config, progress=progress)
     outside = None if unknown is None else feature_source(unknown, learner.backbone, config, progress=progress)
-    measures = ("accuracy", "mean_per_class", "calibration_error")
+    measures = ["accuracy", "mean_per_class", "calibration_error"] + ([] if outside is None else ["fpr95", "auroc"])
     rows = []
     for row in {zero_shot.method: zero_shot, learner.method: learner}.values():
         result = evaluate_accuracy(row, source, progress=progress)
@@ -76,7 +70,7 @@ def evaluate_run(config: EvaluateConfig, *, progress: bool = True) -> Table:
             detection = ood_detection(row, source, outside, config.ood_kind, progress=progress)
             cells += [detection.fpr95, detection.auroc]
         rows.append(Row(row.method, tuple(cells)))
-    columns = tuple(COLUMNS[name] for name in measures) + (OOD_COLUMNS if outside is not None else ())
+    columns = tuple(MEASURES[name] for name in measures)
     title = f"{dataset.name}: {len(images)} images ({config.split}), {len(images.class_names)} classes"
     return Table(title, columns, tuple(rows), "Method")
 

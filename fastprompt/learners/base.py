@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -93,7 +93,7 @@ class Learner(HubLearner, nn.Module, ABC):
         self.backbone.check_fits(self._context_tokens, self.class_tokens)
         self.class_names = self.class_tokens.class_names
         self._text_memo: tuple[tuple, Tensor] | None = None
-        self._hand_memo: tuple[tuple, Tensor] | None = None
+        self._frozen_memo: tuple[tuple, Tensor] | None = None
 
     @abstractmethod
     def encode_text(self) -> Tensor:
@@ -140,10 +140,14 @@ class Learner(HubLearner, nn.Module, ABC):
 
     def hand_crafted(self, *templates: str) -> Tensor:
         """Frozen text features (C, D) of sentences such as "a photo of a {}.", encoded once for these classes."""
-        key = (self.backbone.device, self.backbone.dtype, templates)
-        if self._hand_memo is None or self._hand_memo[0] != key:
-            self._hand_memo = key, encode_templates(self.backbone, self.class_names, templates)
-        return self._hand_memo[1]
+        return self._frozen_text(templates, lambda: encode_templates(self.backbone, self.class_names, templates))
+
+    def _frozen_text(self, sentences: object, encode: Callable[[], Tensor]) -> Tensor:
+        """What ``encode`` says of these classes, kept until another source of sentences is asked for."""
+        key = (self.backbone.device, self.backbone.dtype, sentences)
+        if self._frozen_memo is None or self._frozen_memo[0] != key:
+            self._frozen_memo = key, encode()
+        return self._frozen_memo[1]
 
     def mean_text(self, features: ImageFeatures) -> tuple[Tensor, Tensor]:
         """Text features averaged over prompts, for the pooled feature and for the patches.

@@ -66,10 +66,6 @@ class DuAlPT(Learner):
         self.descriptions, self.weight, self.transport = descriptions, weight, Transport()
         self.contexts = nn.Parameter(starts)  # (N, M, W)
 
-    def _set_classes(self, class_names: Sequence[str]) -> None:
-        super()._set_classes(class_names)
-        self._described_memo: tuple[tuple, Tensor] | None = None
-
     def encode_text(self) -> Tensor:
         """See ``Learner``; G = N."""
         return self.backbone.encode_prompts(self.contexts, self.class_tokens)
@@ -93,11 +89,10 @@ class DuAlPT(Learner):
         """
         if self.descriptions is None:
             return self.hand_crafted(DEFAULT_TEMPLATE)
-        key = (self.backbone.device, self.backbone.dtype)
-        if self._described_memo is None or self._described_memo[0] != key:
-            sentences = load_descriptions(self.descriptions, self.class_names)
-            self._described_memo = key, encode_descriptions(self.backbone, sentences)
-        return self._described_memo[1]
+        return self._frozen_text(self.descriptions, self._encode_descriptions)
+
+    def _encode_descriptions(self) -> Tensor:
+        return encode_descriptions(self.backbone, load_descriptions(self.descriptions, self.class_names))
 
     def forward(self, features: ImageFeatures) -> Scores:
         """Scores of B images; part "text" (C, D) is the mean prompt of every class."""

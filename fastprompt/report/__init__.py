@@ -2,10 +2,12 @@
 
 from fastprompt.report.curves import TrainingCurve, draw_training_curves
 from fastprompt.report.heatmap import draw_selected_patches
+from fastprompt.report.measures import MEASURES, percent_column
 from fastprompt.report.page import CaptionedFigure, GalleryItem, Report, render_report, write_report
 from fastprompt.report.table import Column, Table, TextCell
 
 __all__ = [
+    "MEASURES",
     "CaptionedFigure",
     "Column",
     "GalleryItem",
@@ -15,6 +17,7 @@ __all__ = [
     "TrainingCurve",
     "draw_selected_patches",
     "draw_training_curves",
+    "percent_column",
     "render_report",
     "write_report",
 ]

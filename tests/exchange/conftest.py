@@ -1,6 +1,7 @@
 """Checkpoints as other code writes them, and a folder that the small model is loaded from."""
 
 import argparse
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from tests.experiment.conftest import common, model_folder, photos  # noqa: F401
+
+SGD = partial(torch.optim.SGD, lr=0.002, momentum=0.9, weight_decay=5e-4)
+COSINE = partial(CosineAnnealingLR, T_max=10.0)
 
 
 class ConstantWarmup(LRScheduler):
@@ -38,11 +42,11 @@ class Prompts(nn.Module):
             self.register_buffer(name, value)
 
 
-def save_dassl(file, parameters, buffers):
-    """A model.pth.tar-N of Dassl after one step of SGD with its warm-up scheduler, in half precision as CoOp's."""
+def save_dassl(file, parameters, buffers, optimizer=SGD, following=COSINE):
+    """A model.pth.tar-N of Dassl after one step with its warm-up scheduler, in half precision as CoOp's."""
     model = Prompts({name: value.half() for name, value in parameters.items()}, buffers)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.002, momentum=0.9, weight_decay=5e-4)
-    scheduler = ConstantWarmup(optimizer, CosineAnnealingLR(optimizer, 10.0))
+    optimizer = optimizer(model.parameters())
+    scheduler = ConstantWarmup(optimizer, following(optimizer))
     model.zero_grad()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

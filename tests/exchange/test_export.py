@@ -15,9 +15,10 @@ from safetensors import safe_open
 
 from fastprompt import CoOp, GalLoP, InputError, ZeroShot, load_backbone
 from fastprompt.cli import main
-from fastprompt.exchange.export import linear_head, write_onnx
+from fastprompt.exchange.export import linear_head, write_head, write_onnx
 from fastprompt.exchange.words import WARNING, nearest_words
 from fastprompt.learners import PLOT, SOTGLP, CoCoOp, DuAlPT, Learner
+from tests.learners.support import moved
 from tests.models import make_backbone, make_clip
 
 NAMES = ("red fox", "polar bear", "cat")
@@ -33,22 +34,13 @@ def images():
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def moved(learner):
-    """Away from its start, so that no symmetry hides a mistake."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in learner.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return learner
-
-
 @pytest.fixture
 def coop_run(photos, common, tmp_path):
     assert main(["train", "coop", str(photos), *common, "--out", "run"]) == 0
     return tmp_path / "run"
 
 
-def test_the_head_classifies_with_open_clip_alone(coop_run, model_folder, capsys):
+def test_the_head_classifies_with_open_clip_alone(coop_run, model_folder, capsys, caplog):
     assert main(["export", "run"]) == 0
     assert capsys.readouterr().out.strip().endswith("run/head.safetensors")
     with safe_open(coop_run / "head.safetensors", "pt") as file:
@@ -66,6 +58,7 @@ def test_the_head_classifies_with_open_clip_alone(coop_run, model_folder, capsys
     torch.testing.assert_close(logits, learner(learner.backbone.encode_images(pixels)).logits, rtol=1e-4, atol=1e-4)
     assert json.loads(described["class_names"]) == list(learner.class_names)
     assert described["whole_prediction"] == "true"
+    assert "predicts otherwise" not in caplog.text
 
 
 def test_other_class_names_and_the_refusal_of_class_specific_contexts(coop_run, photos, common, capsys):
@@ -85,13 +78,15 @@ def test_other_class_names_and_the_refusal_of_class_specific_contexts(coop_run, 
     assert "expected a file that ends in .safetensors or .onnx" in capsys.readouterr().err
 
 
-def test_a_head_of_gallop_is_its_part_for_the_pooled_feature(backbone, images):
+def test_a_head_of_gallop_is_its_part_for_the_pooled_feature(backbone, images, tmp_path, caplog):
     learner = moved(GalLoP(backbone, NAMES, k=(1, 3)))
     head, whole = linear_head(learner)
     features = backbone.encode_images(images)
     expected = learner(features).parts["global"].mean(dim=1)
     torch.testing.assert_close(features.pooled @ head.T, expected)
     assert not whole
+    write_head(learner, tmp_path / "head.safetensors")
+    assert "gallop scores patches, which the head leaves out: it predicts otherwise than the run" in caplog.text
     for export in (linear_head, lambda learner: write_onnx(learner, "classifier.onnx")):
         with pytest.raises(InputError, match="cocoop runs the text tower for every image"):
             export(CoCoOp(backbone, NAMES))

@@ -1,19 +1,22 @@
 """Checkpoints of other code become runs that compute what they computed; none is executed."""
 
 import argparse
+import logging
 import os
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from open_clip import SimpleTokenizer
+from torch.optim import Adam, AdamW
+from torch.optim.lr_scheduler import MultiStepLR, StepLR
 
-from benchmarks.peers import encode_padded
 from fastprompt import InputError, load_backbone
 from fastprompt.cli import main
 from fastprompt.exchange.checkpoint import read_checkpoint
 from fastprompt.experiment.use import load_run
-from tests.exchange.conftest import save_dassl, save_gallop
+from tests.exchange.conftest import SGD, save_dassl, save_gallop
+from tests.learners.support import padded_text
 
 NAMES = ("dark_blue", "green", "red", "yellow")
 
@@ -42,11 +45,6 @@ def bring_in(file, model_folder, *more):
     return main(["import", str(file), "--backbone", f"local-dir:{model_folder}", "--out", "run", *map(str, more)])
 
 
-def text_of(backbone, context, names, suffix="."):
-    ids = SimpleTokenizer()([f"{name}{suffix}" for name in names], context_length=77)
-    return encode_padded(backbone.model, context, ids)
-
-
 def images():
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -61,8 +59,23 @@ def test_coop_and_kgcoop(method, backbone, model_folder, names, start, random, c
     assert bring_in(tmp_path / "model.pth.tar-10", model_folder, "--class-names", names) == 0
     learner, features = load_run("run", backbone=backbone), backbone.encode_images(images())
     assert (learner.method, learner.class_names) == (method, ("dark blue", "green", "red", "yellow"))
-    text = text_of(backbone, context.half().float()[None], learner.class_names)[0]
+    text = padded_text(backbone, context.half().float()[None], learner.class_names)[0]
     torch.testing.assert_close(learner(features).logits, backbone.logit_scale * features.pooled @ text.T)
+
+
+@pytest.mark.parametrize("position", ["middle", "front"])
+def test_where_the_name_of_coop_stood_is_asked(position, model_folder, names, start, common, tmp_path):
+    save_dassl(tmp_path / "c", {"ctx": torch.ones(4, 48)}, buffers(start))
+    assert bring_in(tmp_path / "c", model_folder, "--class-names", names, "--position", position) == 0
+    assert load_run("run", device="cpu").position == position
+
+
+@pytest.mark.parametrize("optimizer", [SGD, partial(Adam, eps=1e-3), partial(AdamW, eps=1e-3)])  # in half precision
+@pytest.mark.parametrize("following", [partial(StepLR, step_size=3), partial(MultiStepLR, milestones=[3])])
+def test_optimizers_and_schedulers_that_dassl_knows(optimizer, following, start, random, tmp_path):
+    context = torch.randn(4, 48, generator=random)
+    save_dassl(tmp_path / "c", {"ctx": context}, buffers(start), optimizer, following)
+    assert torch.equal(read_checkpoint(tmp_path / "c").learned["context"], context.half().float())
 
 
 def test_class_specific_coop_counts_its_classes(model_folder, names, start, random, common, tmp_path, capsys):
@@ -84,7 +97,7 @@ def test_cocoop(backbone, model_folder, names, start, random, common, tmp_path):
     w1, b1, w2, b2 = (tensors[f"meta_net.{name}"].half().float() for name in shapes)
     shift = F.linear(F.linear(features.pooled, w1, b1).relu(), w2, b2)
     contexts = tensors["ctx"].half().float() + shift[:, None]
-    text = text_of(backbone, contexts, learner.class_names)  # (B, C, D)
+    text = padded_text(backbone, contexts, learner.class_names)  # (B, C, D)
     expected = backbone.logit_scale * (features.pooled[:, None] * text).sum(dim=-1)
     torch.testing.assert_close(learner(features).logits, expected, rtol=1e-5, atol=1e-4)
 
@@ -111,6 +124,16 @@ def test_gallop(kind, gallop, model_folder, photos, common, tmp_path):
     assert main(["evaluate", "run", "--no-cache"]) == 0
 
 
+def test_gallop_without_the_arguments_of_its_script(gallop, random, model_folder, names, common, tmp_path):
+    """Saved from DataParallel, by whatever code: the defaults of GalLoP's are taken."""
+    gallop["local_prompts"] = 0.3 * torch.randn(4, 4, 48, generator=random)
+    torch.save({"state_dict": {f"module.{name}": value for name, value in gallop.items()}}, tmp_path / "g")
+    assert bring_in(tmp_path / "g", model_folder, "--class-names", names) == 0
+    learner = load_run("run", device="cpu")
+    assert (learner.k, learner.dropout) == ((5, 10, 15, 20), 0.75)
+    torch.testing.assert_close(learner.local_prompts.data, gallop["local_prompts"])
+
+
 def test_evaluate_asks_for_data_where_there_is_none(gallop, model_folder, names, common, tmp_path, capsys):
     save_gallop(tmp_path / "gallop.ckpt", gallop)
     assert bring_in(tmp_path / "gallop.ckpt", model_folder, "--class-names", names) == 0
@@ -119,13 +142,21 @@ def test_evaluate_asks_for_data_where_there_is_none(gallop, model_folder, names,
 
 
 class Bomb:
+    """Makes "executed" when it is unpickled."""
+
+    def __init__(self, how):
+        self.how = how
+
     def __reduce__(self):
-        return os.mkdir, ("executed",)
+        return self.how, ("executed",)
 
 
-def test_nothing_is_executed(common, tmp_path):
-    torch.save({"state_dict": {"ctx": torch.zeros(4, 48)}, "args": Bomb()}, tmp_path / "bomb")
-    with pytest.raises(InputError, match="must be a checkpoint that can be read without executing it"):
+@pytest.mark.parametrize("how", [os.mkdir, logging.FileHandler])  # torch's reader blocks all that is in os
+@pytest.mark.parametrize("zipped", [True, False])
+def test_nothing_is_executed(how, zipped, common, tmp_path):
+    content = {"state_dict": {"ctx": torch.zeros(4, 48)}, "args": Bomb(how)}
+    torch.save(content, tmp_path / "bomb", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match=f"without executing it, but it needs {how.__module__}.{how.__name__}$"):
         read_checkpoint(tmp_path / "bomb")
     assert not (tmp_path / "executed").exists()
 

@@ -17,7 +17,7 @@ from benchmarks.drop_in_peers import (
     topk_reduce,
 )
 from fastprompt import InputError
-from fastprompt.layers import GlobalLocalLoss, SharedPrefixTextEncoder, TopKLocalHead
+from fastprompt.layers import GlobalLocalLoss, SharedPrefixTextEncoder, TopKLocalHead, local_head
 from tests.models import make_clip
 
 NAMES = ("cat", "red fox", "very long name of a dog", "polar bear", "a photo")
@@ -37,8 +37,8 @@ def model(request):
     return made.eval().requires_grad_(False)
 
 
-def both(ours, theirs, leaf):
-    """Results and gradients of both functions of a learned tensor, compared."""
+def assert_same_results_and_gradients(ours, theirs, leaf):
+    """Assert that two functions of a learned tensor have the same results and gradients."""
     results = []
     for function in (ours, theirs):
         learned = leaf.clone().requires_grad_()
@@ -55,7 +55,7 @@ def both(ours, theirs, leaf):
 def test_text_encoder_equals_that_of_coop(model, position):
     ids, lengths = placeholders(4)
     encoder, context = SharedPrefixTextEncoder(model), 0.3 * torch.randn(4, 48)
-    both(
+    assert_same_results_and_gradients(
         lambda learned: encoder(coop_prompts(model, learned, ids, lengths, position), ids),
         lambda learned: text_encoder(model, coop_prompts(model, learned, ids, lengths, position), ids),
         context,
@@ -67,7 +67,7 @@ def test_class_specific_contexts_keep_gradients_of_their_own_even_if_they_start_
     ids, lengths = placeholders(3)
     context = 0.3 * torch.randn(len(NAMES) if start == "random" else 1, 3, 48).expand(len(NAMES), -1, -1)
     encoder = SharedPrefixTextEncoder(model)
-    both(
+    assert_same_results_and_gradients(
         lambda learned: encoder(coop_prompts(model, learned, ids, lengths), ids),
         lambda learned: text_encoder(model, coop_prompts(model, learned, ids, lengths), ids),
         context,
@@ -83,7 +83,7 @@ def test_contexts_that_a_network_makes_of_each_name_keep_their_gradients(model):
     def prompts(learned):
         return coop_prompts(model, base + (of_names @ learned).unflatten(1, (2, 48)), ids, lengths)
 
-    both(
+    assert_same_results_and_gradients(
         lambda learned: encoder(prompts(learned), ids),
         lambda learned: text_encoder(model, prompts(learned), ids),
         network,
@@ -98,7 +98,7 @@ def test_text_encoder_takes_the_loop_over_images_of_cocoop(model):
         contexts = learned + shifts  # (B, M, W)
         return torch.stack([coop_prompts(model, context, ids, lengths) for context in contexts])
 
-    both(
+    assert_same_results_and_gradients(
         lambda learned: torch.stack([encoder(rows, ids) for rows in per_image(learned)]),
         lambda learned: torch.stack([text_encoder(model, rows, ids) for rows in per_image(learned)]),
         0.3 * torch.randn(4, 48),
@@ -108,7 +108,7 @@ def test_text_encoder_takes_the_loop_over_images_of_cocoop(model):
 def test_encode_equals_that_of_gallop(model):
     ids = TOKENIZER(list(NAMES), context_length=77)
     encoder = SharedPrefixTextEncoder(model)
-    both(
+    assert_same_results_and_gradients(
         lambda learned: encoder.encode(learned, ids),
         lambda learned: gallop_text(model, learned, ids),
         0.3 * torch.randn(3, 4, 48),
@@ -234,7 +234,9 @@ def local():
 @pytest.mark.parametrize("topk", [(1, 3, 20), (4,)])
 @pytest.mark.parametrize("held", [1, 2**20], ids=["image by image", "all images"])
 def test_local_head_and_loss_equal_those_of_gallop(local, topk, held, monkeypatch):
-    monkeypatch.setattr("fastprompt.layers.local_head.BYTES_ON_CPU", held)
+    seen, unit = [], local_head._unit
+    monkeypatch.setattr(local_head, "BYTES_ON_CPU", held)
+    monkeypatch.setattr(local_head, "_unit", lambda some, *rest: seen.append(len(some)) or unit(some, *rest))
     features, projection, visual_proj, text = local
     global_logits, targets = 0.3 * torch.randn(2, 6, 4), torch.tensor([5, 2])
     head, loss = TopKLocalHead(topk), GlobalLocalLoss(topk=topk, global_dropout_p=0.5)
@@ -255,6 +257,7 @@ def test_local_head_and_loss_equal_those_of_gallop(local, topk, held, monkeypatc
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     ours.backward()
     expected.backward()
+    assert seen == ([1, 1, 1, 1] if held == 1 else [2, 2]), "images at a time, forward and backward"
     for one, other in zip(mine, theirs, strict=True):
         assert one.grad.abs().max() > 1e-3
         # Elements are sums of terms as large as the largest of them.

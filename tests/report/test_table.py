@@ -4,7 +4,7 @@ import pytest
 
 from fastprompt.errors import InputError
 from fastprompt.evaluation import Row, Summary
-from fastprompt.report import Column, Table
+from fastprompt.report import MEASURES, Column, Table
 
 ACCURACY = Column("Accuracy", "%", ".1f", scale=100, higher_is_better=True)
 FPR = Column("FPR95", "%", ".1f", scale=100, higher_is_better=False)
@@ -68,6 +68,10 @@ def test_which_cells_are_best():
     assert best(ACCURACY, 0.30001, 0.30002, 0.2) == [True, True, False], "what looks equal is marked alike"
     assert best(ACCURACY, math.nan, 0.3, 0.2, None, "90.0") == [False, True, False, False, False]
     assert best(ACCURACY, 0.3, None) == [False, False], "one number is not the best of anything"
+
+
+def test_lower_is_better_of_errors_and_false_positives_alone():
+    assert {name for name, column in MEASURES.items() if best(column, 0.1, 0.3)[0]} == {"calibration_error", "fpr95"}
 
 
 def test_rows_must_fit_the_columns():
