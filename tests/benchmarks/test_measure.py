@@ -218,8 +218,9 @@ def test_growth_is_drawn_for_every_device(monkeypatch, tmp_path):
 
 
 def test_the_newest_rows_count(monkeypatch, tmp_path):
-    """Of rows of one shape the last; of several sweeps of equally many values the one measured last."""
-    for images, classes, median in ((1, 3, 10), (1, 30, 20), (2, 3, 30), (2, 30, 40), (2, 3, 50)):
+    """Of rows of one shape the last; of several sweeps of equally many values the one whose oldest row is newer."""
+    order = ((1, 3, 10), (1, 30, 20), (2, 3, 30), (2, 30, 40), (2, 3, 50), (1, 30, 60))
+    for images, classes, median in order:
         row = {"slow": replace(SLOW, median=median)}
         monkeypatch.setattr("benchmarks.results.setting", lambda _, date=median: {**SETTING, "date": f"2026-01-{date}"})
         append(tmp_path / "waiting.csv", {**SHAPE, "B": images, "C": classes}, CPU, row)
