@@ -94,9 +94,9 @@ class Benchmark:
         build: makes a case from one shape; a function of a module, because other processes call it too.
         shapes: for each kind of device the shapes measured; all have the same parameters, "dtype" the first of them.
         quick_shapes: those of a quick run.
+        implementations: the names of those that a case may have, of which some cases lack some.
         sweeps: parameters whose growth is drawn: those that vary alone around a middle shape.
         labels: parameters that only name what another one says.
-        implementations: the names of those that a case may have, of which some cases lack some.
     """
 
     name: str
@@ -104,9 +104,9 @@ class Benchmark:
     build: Build
     shapes: Mapping[str, tuple[Shape, ...]]
     quick_shapes: Mapping[str, tuple[Shape, ...]]
+    implementations: tuple[str, ...]
     sweeps: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
-    implementations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,8 @@ def check(case: Case) -> tuple[dict[str, float], dict[str, str]]:
         By name the seconds of the first call, and why which implementations cannot run here.
 
     Raises:
-        WrongResultError: names the implementation, its error and the tolerance.
+        WrongResultError: names the implementation, its error and the tolerance; or a result of the truth that is zero
+            everywhere, so that no relative error can be told.
     """
     truth = _in_double(case.truth)
     of_shares = truth if case.truth_of_shares is None else _in_double(case.truth_of_shares)
@@ -197,7 +198,12 @@ def check(case: Case) -> tuple[dict[str, float], dict[str, str]]:
 
 
 def _in_double(implementation: Implementation) -> list[Tensor]:
-    return [tensor.double() for tensor in implementation()]
+    """The truth, by whose norm errors are divided."""
+    truth = [tensor.double() for tensor in implementation()]
+    for index, expected in enumerate(truth):
+        if not expected.norm() > 0:
+            raise WrongResultError(f"the truth: result {index} must have a norm above 0, got {expected.norm():.1e}")
+    return truth
 
 
 def _errors(name: str, results: tuple[Tensor, ...], truth: list[Tensor]) -> list[float]:

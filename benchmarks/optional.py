@@ -41,13 +41,15 @@ def by_xformers(function: Callable[..., object]) -> Callable[..., object]:
     The function returned raises UnavailableError where xformers cannot run.
     """
 
-    def run(*args: object) -> object:
-        attention = partial(prefix_attention, impl="xformers")
+    def attention(*args: object, **options: object) -> Tensor:
         try:
-            with mock.patch.object(shared_prefix, "prefix_attention", attention):
-                return function(*args)
+            return prefix_attention(*args, **options, impl="xformers")
         except ValueError as error:
             raise UnavailableError(str(error)) from error
+
+    def run(*args: object) -> object:
+        with mock.patch.object(shared_prefix, "prefix_attention", attention):
+            return function(*args)
 
     return run
 

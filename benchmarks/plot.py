@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, NullLocator
+from matplotlib.ticker import AutoLocator, NullLocator
 
 from benchmarks.measure import Benchmark
 from benchmarks.results import read_rows
@@ -88,8 +88,7 @@ def _figure(title: str, shape: list[str], found: list[tuple[str, Rows]]) -> Figu
         for axes, (axis, rows) in zip(line, found, strict=True):
             drawn = {name: look for name, look in looks.items() if with_floors or not _is_floor(name)}
             _panel(axes, axis, column, rows, drawn)
-        if column == "over_floor":  # once all panels of the line have had their say about its upper end
-            line[0].set_ylim(bottom=0)
+        _finish(line[0], column)  # once all panels of the line have had their say about its ends
     for axes, (axis, rows) in zip(panels[0], found, strict=True):
         others = [name for name in shape if name not in ("dtype", "pass", axis)]
         axes.set_title(", ".join(f"{name}={rows[-1][name]}" for name in others), fontsize=8, color=INK)
@@ -108,10 +107,10 @@ def _panel(axes: Axes, axis: str, column: str, rows: Rows, drawn: dict[str, dict
     style_axes(axes)
     axes.set_xscale("log")
     if column != "over_floor":  # what needs no memory of its own stands on the axis
-        axes.set_yscale("symlog" if column == "extra_memory_mb" else "log")
-    axes.tick_params(which="minor", colors=INK)
+        axes.set_yscale("symlog" if column == "extra_memory_mb" else "log", subs=(2, 5))
+    axes.tick_params(which="minor", colors=INK, labelsize=6)
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel(_AXES[axis], fontsize=8, color=INK)
     ticks = sorted({int(row[axis]) for row in rows})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -124,6 +123,16 @@ def _panel(axes: Axes, axis: str, column: str, rows: Rows, drawn: dict[str, dict
         if column == "median_ms":
             low, high = ([float(row[key]) for _, row in points] for key in ("p20_ms", "p80_ms"))
             axes.fill_between(x, low, high, color=look["color"], alpha=0.2, linewidth=0)
+
+
+def _finish(axes: Axes, column: str) -> None:
+    """The vertical axis of a line of panels, which share it."""
+    low, high = axes.get_ylim()
+    if column == "over_floor":
+        axes.set_ylim(bottom=0)
+    elif high < 10 * low:  # so narrow a range may hold no two of 1, 2, 5 and 10
+        axes.yaxis.set_major_locator(AutoLocator())
+        axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _looks(names: list[str]) -> Iterator[dict[str, str]]:

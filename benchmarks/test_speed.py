@@ -1,15 +1,18 @@
-"""The benchmarks for pytest-benchmark: ``pytest benchmarks``, with ``--all-shapes`` for those of the command line."""
+"""The benchmarks for pytest-benchmark: ``pytest benchmarks``, with ``--all-shapes`` for those of the command line.
+
+Nothing is checked, and times are those of a call: where peers do a share of the work, or fewer images, that is theirs.
+"""
 
 import pytest
 import torch
 
-from benchmarks import call_overhead, conditional, patch_statistics, text_encoder, topk_similarity, train_step
+from benchmarks import call_overhead, drop_in
+from benchmarks.__main__ import BENCHMARKS
 from benchmarks.measure import UnavailableError
 from benchmarks.similarity import around
 
 CPU = torch.device("cpu")
 ROUNDS = 5
-MODULES = (topk_similarity, patch_statistics, call_overhead, text_encoder, train_step, conditional)
 SMALL = {
     "topk_similarity": around(
         {"dtype": "float32", "pass": "", "B": 4, "P": 196, "N": 4, "D": 512, "C": 47, "k": 20}, {}
@@ -18,6 +21,10 @@ SMALL = {
     "call_overhead": call_overhead.BENCHMARK.shapes["cpu"],
     "text_encoder": ({"dtype": "float32", "G": 2, "M": 4, "C": 47, "names": "DTD", "sequences": 94},),
     "train_step": ({"dtype": "float32", "B": 4, "C": 47, "names": "DTD", "share": 4},),
+    "drop_in": (
+        {"dtype": "float32", "layer": drop_in.TEXT_COOP, "B": 0, "C": 47, "n": 1},
+        {"dtype": "float32", "layer": drop_in.LOCAL, "B": 4, "C": 47, "n": 4},
+    ),
     "conditional": ({"dtype": "float32", "method": "cocoop", "B": 2, "C": 47, "names": "DTD"},),
 }
 
@@ -25,10 +32,10 @@ SMALL = {
 def pytest_generate_tests(metafunc):
     everything = metafunc.config.getoption("--all-shapes")
     cases = [
-        pytest.param(module.BENCHMARK, shape, name, id=f"{module.BENCHMARK.name}, {name}")
-        for module in MODULES
-        for shape in (module.BENCHMARK.shapes["cpu"] if everything else SMALL[module.BENCHMARK.name])
-        for name in module.BENCHMARK.implementations
+        pytest.param(of, shape, name, id=f"{of.name}, {name}")
+        for of in BENCHMARKS.values()
+        for shape in (of.shapes["cpu"] if everything else SMALL[of.name])
+        for name in of.implementations
     ]
     metafunc.parametrize(("of", "shape", "name"), cases)
 

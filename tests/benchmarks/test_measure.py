@@ -30,7 +30,7 @@ from tests.benchmarks.workloads import MEGABYTES, RESULT_MEGABYTES, build_killed
 CPU = torch.device("cpu")
 SHAPE = {"dtype": "float32", "B": 2, "C": 3}
 SHAPES = {"cpu": (SHAPE,), "cuda": (SHAPE,)}
-BENCHMARK = Benchmark("waiting", "Waiting", build_waiting, SHAPES, SHAPES, sweeps=("C",))
+BENCHMARK = Benchmark("waiting", "Waiting", build_waiting, SHAPES, SHAPES, ("quick", "slow"), sweeps=("C",))
 SLOW = Measurement(80, 79, 81, 3, None, "slow", 1, 4, 0.1)
 SETTING = dict.fromkeys(("date", "device", "threads", "python", "torch", "triton", "fastprompt", "commit"), "")
 QUICK = Measurement(20, 19, 21, 3, Memory(1.5, 0.5), "slow", 4, 1, 0.1)
@@ -48,6 +48,15 @@ def test_a_wrong_result_is_refused(result, message):
     truth = torch.tensor([1.0, 2.0])
     case = Case({"wrong": lambda: (result,)}, baseline="wrong", truth=lambda: (truth,), tolerance=1e-4)
     with pytest.raises(WrongResultError, match=message):
+        check(case)
+
+
+@pytest.mark.parametrize("truth", [torch.zeros(2), torch.tensor([0.0, torch.nan])])
+@pytest.mark.parametrize("tolerance", [1e-4, AsRounded("peer")])
+def test_a_truth_without_a_norm_is_refused(truth, tolerance):
+    """No relative error can be told: a right result would have the error NaN, and a wrong one allow any other."""
+    case = Case({"peer": lambda: (torch.ones(2),)}, baseline="peer", truth=lambda: (truth,), tolerance=tolerance)
+    with pytest.raises(WrongResultError, match=r"the truth: result 0 must have a norm above 0, got (0\.0e\+00|nan)"):
         check(case)
 
 
@@ -209,8 +218,9 @@ def test_growth_is_drawn_for_every_device(monkeypatch, tmp_path):
 
 
 def test_the_newest_rows_count(monkeypatch, tmp_path):
-    """Of rows of one shape the last; of several sweeps of equally many values the one measured last."""
-    for images, classes, median in ((1, 3, 10), (1, 30, 20), (2, 3, 30), (2, 30, 40), (2, 3, 50)):
+    """Of rows of one shape the last; of several sweeps of equally many values the one whose oldest row is newer."""
+    order = ((1, 3, 10), (1, 30, 20), (2, 3, 30), (2, 30, 40), (2, 3, 50), (1, 30, 60))
+    for images, classes, median in order:
         row = {"slow": replace(SLOW, median=median)}
         monkeypatch.setattr("benchmarks.results.setting", lambda _, date=median: {**SETTING, "date": f"2026-01-{date}"})
         append(tmp_path / "waiting.csv", {**SHAPE, "B": images, "C": classes}, CPU, row)
@@ -218,6 +228,22 @@ def test_the_newest_rows_count(monkeypatch, tmp_path):
     monkeypatch.setattr("matplotlib.axes.Axes.plot", _note(drawn))
     assert _draw(monkeypatch, tmp_path) == 0
     assert ([3, 30], [50, 40]) in drawn["slow"]
+
+
+@pytest.mark.parametrize("memory", [(333, 457), (80, 150), (2, 18), (1, 50), (0, 7), (0, 5000)])
+def test_vertical_axes_have_labels_whatever_their_range(memory, monkeypatch, tmp_path):
+    for classes, extra in zip((3, 30), memory, strict=True):
+        row = {"slow": replace(SLOW, median=extra + 1, p20=extra + 1, p80=extra + 1, memory=Memory(extra, extra))}
+        append(tmp_path / "waiting.csv", {**SHAPE, "C": classes}, CPU, row)
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    assert _draw(monkeypatch, tmp_path) == 0
+    figures[0].draw_without_rendering()
+    for axes in figures[0].axes:
+        low, high = axes.get_ylim()
+        ticks = [*axes.yaxis.get_major_ticks(), *axes.yaxis.get_minor_ticks()]
+        shown = {tick.label1.get_text() for tick in ticks if low <= tick.get_loc() <= high}
+        assert len(shown - {""}) > 1, axes.get_ylabel()
 
 
 def _note(drawn):

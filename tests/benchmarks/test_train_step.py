@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import step_profile, train_step, train_step_peers
 from benchmarks.measure import WrongResultError, check
 from benchmarks.results import read_rows
+from fastprompt.report.style import new_figure
 from tests.models import TEXT, VIT, make_backbone, make_clip
 
 CPU = torch.device("cpu")
@@ -30,8 +31,12 @@ def _case(share):
 
 @pytest.mark.parametrize("share", [1, 2, 4])
 def test_a_share_of_the_step_has_the_results_of_the_whole(share):
-    first_calls, left_out = check(_case(share))
+    case = _case(share)
+    first_calls, left_out = check(case)
     assert len(first_calls) == 5 and not left_out
+    counted = {name: case.shares.get(name, 1) for name in case.implementations}
+    whole = {train_step.IMAGES, train_step.CACHED}
+    assert counted == {name: 1 if name in whole else share for name in first_calls}
 
 
 def test_every_call_computes_the_same():
@@ -89,3 +94,9 @@ def test_a_profile_is_written_and_drawn(monkeypatch, tmp_path):
     (picture,) = step_profile.draw(file)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "explained" in step_profile.table(SHAPE, profiles).to_text()
+
+    drawn = []
+    monkeypatch.setattr(step_profile, "_figure", lambda title, bars: drawn.append(bars) or new_figure(1, 1))
+    step_profile.write(SHAPE, CPU, [replace(one, step=1e6) for one in profiles], file)
+    step_profile.draw(file)
+    assert [bar["step"] for bar in drawn[0].values()] == [1e6, 1e6]  # of equal bars the newest rows
