@@ -74,21 +74,22 @@ class Replays:
     def __reduce__(self) -> tuple:
         return Replays, ()  # copies and pickles start anew
 
-    def encode(self, encode: Pass, inputs: Sequence[Tensor], constants: Hashable, weights: Iterable[Tensor]) -> Tensor:
+    def encode(self, encode: Pass, inputs: Sequence[Tensor], constants: object, weights: Iterable[Tensor]) -> Tensor:
         """``encode(*inputs)``, differentiable once; on a GPU with gradients replayed from the third pass on that is
         alike.
 
         Args:
             encode: reads its inputs, constants and weights, and copies nothing from the host.
             inputs: of the pass.
-            constants: what else it reads, kept alive by it; passes are alike if these are the same.
+            constants: what else it reads, kept alive by it; passes are alike if this is the same object.
             weights: of the tower, which may be moved, to another precision for instance.
         """
         stream = Recorder.stream(inputs[0].device)
         if stream is None or not torch.is_grad_enabled() or not any(map(_learned, inputs)):
             return encode(*inputs)
         addresses = tuple(weight.data_ptr() for weight in weights)
-        key = constants, stream, addresses, *((x.shape, x.dtype, _learned(x)) for x in inputs)
+        # By its number, which is nobody else's while a recording keeps it: what is merely counted is not kept.
+        key = id(constants), stream, addresses, *((x.shape, x.dtype, _learned(x)) for x in inputs)
         with self._lock:
             recording = self._recording(encode, inputs, key)
         return encode(*inputs) if recording is None else _Replayed.apply(recording, *inputs)
