@@ -1,6 +1,6 @@
 """Passes of the text tower on a GPU, recorded once and replayed.
 
-A pass launches hundreds of small kernels, and Python takes longer to launch them than a GPU to run them. Shapes and
+A pass launches hundreds of small kernels, and launching them from Python may take longer than running them. Shapes and
 weights are the same in every step, so the forward and the backward pass are recorded as CUDA graphs (HIP graphs on AMD)
 of one launch each.
 """
