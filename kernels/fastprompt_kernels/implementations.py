@@ -1,6 +1,7 @@
 """Which implementation of an operation runs, and on inputs of which dtype."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib.util import find_spec
 
 import torch
@@ -52,6 +53,17 @@ def runs_triton(impl: str, device: torch.device, dtype: torch.dtype, too_much: s
     if reason is not None and impl == "triton":
         raise ValueError(f"impl='triton' cannot run here: {reason}")
     return reason is None
+
+
+def on_its_device(kernel: Callable) -> Callable:
+    """Run a function while the device of its first tensor is the current one, on which Triton launches kernels."""
+
+    @wraps(kernel)
+    def run(*args, **kwargs):  # noqa: ANN002, ANN003, ANN202
+        with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
+            return kernel(*args, **kwargs)
+
+    return run
 
 
 def cast_by_autocast(*inputs: Tensor) -> tuple[Tensor, ...]:

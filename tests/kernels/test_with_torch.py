@@ -7,7 +7,14 @@ import sys
 
 import pytest
 import torch
-from fastprompt_kernels import topk_similarity
+from fastprompt_kernels import (
+    patch_statistics,
+    prefix_attention,
+    resized_crop,
+    sinkhorn,
+    sinkhorn_changes,
+    topk_similarity,
+)
 from fastprompt_kernels.testing import draw_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,3 +162,18 @@ def test_without_a_gpu_triton_is_neither_imported_nor_used():
         "message": f"impl='triton' cannot run here: {reason}",
         "available": {"reference": "usable", "dense": "usable", "blocked": "usable", "triton": reason},
     }
+
+
+def test_every_operator_runs_on_the_device_of_its_inputs(monkeypatch):
+    entered, device_of = [], torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: entered.append(tensor) or device_of(tensor))
+    patches = torch.randn(2, 9, 8, requires_grad=True)
+    topk_similarity(patches, torch.randn(1, 3, 8), [2], impl="blocked").sum().backward()
+    patch_statistics(patches, torch.randn(3, 8), impl="blocked").maximum.sum().backward()
+    tokens = torch.randn(1, 6, 3, 2, 4, requires_grad=True)
+    prefix_attention(tokens, torch.zeros(1, 4, dtype=torch.int32), impl="blocked").sum().backward()
+    sinkhorn(torch.rand(2, 3, 4), impl="blocked")
+    sinkhorn_changes(torch.rand(2, 3, 4), impl="blocked")
+    pixels, places = torch.zeros(48, dtype=torch.uint8), torch.tensor([[0, 4, 4]])
+    resized_crop(pixels, places, torch.tensor([[0, 0, 4, 4]]), 2, impl="blocked")
+    assert len(entered) == 9  # five operators, and a second one of each but the crop

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..implementations import cast_by_autocast, runs_triton
+from ..implementations import cast_by_autocast, on_its_device, runs_triton
 from . import blocked, reference
 
 
@@ -32,6 +32,7 @@ def patch_statistics(
 
 
 @torch.library.custom_op("fastprompt::patch_statistics", mutates_args=())
+@on_its_device
 def _forward(
     patches: Tensor, prompts: Tensor, scale: float, labels: Tensor | None, entropy: bool, keep: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -57,6 +58,7 @@ def _(
 
 
 @torch.library.custom_op("fastprompt::patch_statistics_grad", mutates_args=())
+@on_its_device
 def _grad(
     grads: list[Tensor], patches: Tensor, prompts: Tensor, logsumexp: Tensor, entropy: Tensor, largest: Tensor,
     kept: Tensor, scale: float, wanted: list[bool], impl: str,

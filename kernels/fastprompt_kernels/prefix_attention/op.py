@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..implementations import cast_by_autocast, runs_triton
+from ..implementations import cast_by_autocast, on_its_device, runs_triton
 from . import blocked, reference, sdpa, xformers
 
 # The most tokens of a prefix, slots of a row and elements of a head that the tiles of the Triton kernels hold.
@@ -30,6 +30,7 @@ def prefix_attention(
 
 
 @torch.library.custom_op("fastprompt::prefix_attention", mutates_args=())
+@on_its_device
 def _forward(tokens: Tensor, queries: Tensor | None, sequence: Tensor, slots: Tensor | None, impl: str) -> Tensor:
     return _implementation(impl, tokens, sequence).forward(tokens, queries, sequence, slots)
 
@@ -41,6 +42,7 @@ def _(tokens: Tensor, queries: Tensor | None, sequence: Tensor, slots: Tensor | 
 
 
 @torch.library.custom_op("fastprompt::prefix_attention_grad", mutates_args=())
+@on_its_device
 def _grad(
     grad: Tensor, tokens: Tensor, queries: Tensor | None, sequence: Tensor, slots: Tensor | None, impl: str
 ) -> tuple[Tensor, Tensor]:

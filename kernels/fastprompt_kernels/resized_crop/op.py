@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..implementations import runs_triton
+from ..implementations import on_its_device, runs_triton
 from . import blocked, reference
 
 
@@ -24,6 +24,7 @@ def resized_crop(
 
 
 @torch.library.custom_op("fastprompt::resized_crop", mutates_args=())
+@on_its_device
 def _forward(
     pixels: Tensor, table: Tensor, size: int, mean: list[float], std: list[float], interpolation: str,
     dtype: torch.dtype, impl: str,

@@ -5,7 +5,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..implementations import runs_triton
+from ..implementations import on_its_device, runs_triton
 from . import blocked, reference
 
 # As many elements of a problem, each axis rounded up to a power of two, are 32 in each thread. With 64 it spills.
@@ -25,6 +25,7 @@ def sinkhorn_changes(cost: Tensor, eps: float, iterations: int, impl: str) -> Te
 
 
 @torch.library.custom_op("fastprompt::sinkhorn", mutates_args=())
+@on_its_device
 def _plan(cost: Tensor, eps: float, iterations: int, tolerance: float | None, impl: str) -> Tensor:
     if impl == "reference":
         return reference.sinkhorn(cost, eps, iterations, tolerance)[0]
@@ -38,6 +39,7 @@ def _(cost: Tensor, eps: float, iterations: int, tolerance: float | None, impl: 
 
 
 @torch.library.custom_op("fastprompt::sinkhorn_changes", mutates_args=())
+@on_its_device
 def _changes(cost: Tensor, eps: float, iterations: int, impl: str) -> Tensor:
     if impl == "reference":
         return reference.sinkhorn(cost, eps, iterations, None)[1]

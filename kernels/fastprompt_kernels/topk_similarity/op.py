@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..implementations import cast_by_autocast, runs_triton
+from ..implementations import cast_by_autocast, on_its_device, runs_triton
 from . import blocked, dense, reference
 
 # The longest sorted run of the Triton kernels. One of 128 does not fit the registers of sm_90.
@@ -35,6 +35,7 @@ def topk_similarity(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]]
 
 
 @torch.library.custom_op("fastprompt::topk_similarity", mutates_args=())
+@on_its_device
 def _forward(patches: Tensor, prompts: Tensor, k: list[int], keep: bool, impl: str) -> tuple[Tensor, Tensor]:
     return _implementation(impl, patches, k).forward(patches, prompts, _nested(k, len(prompts)), keep)
 
@@ -48,6 +49,7 @@ def _(patches: Tensor, prompts: Tensor, k: list[int], keep: bool, impl: str) -> 
 
 
 @torch.library.custom_op("fastprompt::topk_similarity_grad", mutates_args=())
+@on_its_device
 def _grad(
     grad: Tensor, patches: Tensor | None, prompts: Tensor | None, selected: Tensor, k: list[int], P: int, impl: str
 ) -> tuple[Tensor, Tensor]:
