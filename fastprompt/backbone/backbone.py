@@ -40,7 +40,7 @@ class Backbone(nn.Module):
             of names are seen for the first time. What does not fit is encoded piece by piece, and for gradients each
             piece a second time: a third more work.
         cuda_graphs: whether a GPU replays passes through the text tower that repeat, those with gradients and in one
-            piece. The memory of up to two such passes stays taken. Elsewhere it changes nothing.
+            piece. The memory of up to two such passes stays taken, beside the budget. Elsewhere it changes nothing.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ of one launch each.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from threading import Lock
 from typing import Any
@@ -57,7 +58,8 @@ class Recorder:
         graph = torch.cuda.CUDAGraph()
         # Other threads, which load images, may go on allocating.
         mode = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, **mode):
+        # The stream is entered here, too: where a recording fails, older versions of torch do not leave it.
+        with torch.cuda.stream(self._stream), torch.cuda.graph(graph, **mode):
             result = function()
         self._pool = graph.pool()
         return graph.replay, result
@@ -85,20 +87,27 @@ class Replays:
             weights: of the tower, which may be moved, to another precision for instance.
         """
         stream = Recorder.stream(inputs[0].device)
-        if stream is None or not torch.is_grad_enabled() or not any(map(_learned, inputs)):
+        if stream is None or not torch.is_grad_enabled() or not any(map(_learned, inputs)) or _saved_elsewhere():
+            return encode(*inputs)
+        weights = list(weights)
+        if any(weight.requires_grad for weight in weights):  # whose gradients a replay would not give
             return encode(*inputs)
         addresses = tuple(weight.data_ptr() for weight in weights)
         # By its number, which is nobody else's while a recording keeps it: what is merely counted is not kept.
         key = id(constants), stream, addresses, *((x.shape, x.dtype, _learned(x)) for x in inputs)
         with self._lock:
-            recording = self._recording(encode, inputs, key)
-        return encode(*inputs) if recording is None else _Replayed.apply(recording, *inputs)
+            recording = self._recording(encode, inputs, constants, key)
+        return encode(*inputs) if recording is None else _Replayed.apply(recording, encode, *inputs)
 
-    def _recording(self, encode: Pass, inputs: Sequence[Tensor], key: Hashable) -> Recording | None:
+    def _recording(self, encode: Pass, inputs: Sequence[Tensor], constants: object, key: Hashable) -> Recording | None:
         self._calls += 1
         if (recording := self._recordings.get(key)) is not None:
-            recording.last_call = self._calls
-            return recording
+            if not recording.overrun:
+                recording.last_call = self._calls
+                return recording
+            # Passes of this kind are several at a time, and making them again costs more than replays save.
+            del self._recordings[key]
+            self._seen[key] = -math.inf
         if self._refused or not self._repeated(key):
             return None
         if len(self._recordings) == KEPT:
@@ -107,8 +116,8 @@ class Replays:
                 return None
             del self._recordings[idle]
         try:
-            recording = Recording(encode, inputs, self._calls)
-            recording.check()
+            recording = Recording(encode, inputs, constants, self._calls)
+            recording.check(encode)
         except RuntimeError as error:
             log.warning("text passes are launched kernel by kernel: they could not be recorded (%s)", error)
             self._refused = True
@@ -124,32 +133,39 @@ class Replays:
 
 
 class Recording:
-    """A forward and a backward pass, recorded, on memory of their own."""
+    """A forward and a backward pass, recorded, on memory of their own.
 
-    def __init__(self, encode: Pass, inputs: Sequence[Tensor], call: int) -> None:
-        self._encode, self.last_call = encode, call
+    It does not keep the pass itself, whose tower keeps the recording: the memory is free when the tower is.
+
+    Attributes:
+        last_call: when it served last.
+        overrun: whether a pass had to be made again because another one went over its memory.
+    """
+
+    def __init__(self, encode: Pass, inputs: Sequence[Tensor], constants: object, call: int) -> None:
+        self._constants, self.last_call, self.overrun = constants, call, False
         self._lock, self._turn = Lock(), 0
         recorder = Recorder(inputs[0].device)
         with torch.inference_mode(False), torch.enable_grad():
             self._inputs = [x.detach().clone().requires_grad_(_learned(x)) for x in inputs]
-            recorder.warm_up(lambda: self._both(torch.zeros_like))
+            recorder.warm_up(lambda: self._both(encode, torch.zeros_like))
             self._replay_forward, output = recorder.record(lambda: encode(*self._inputs))
             self._grad = torch.zeros_like(output)
             self._replay_backward, self._grads = recorder.record(lambda: _gradients(output, self._inputs, self._grad))
         self._output = output.detach()
 
-    def _both(self, grad_like: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
+    def _both(self, encode: Pass, grad_like: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
         """Output and gradients of the pass itself, for a gradient made like the output."""
-        output = self._encode(*self._inputs)
+        output = encode(*self._inputs)
         return [output.detach(), *_gradients(output, self._inputs, grad_like(output))]
 
-    def check(self) -> None:
+    def check(self, encode: Pass) -> None:
         """Raise ``RuntimeError`` if a replay differs from the pass itself by more than rounding."""
         grad = torch.linspace(-1, 1, self._output.numel()).to(self._output).view_as(self._output)
         with torch.inference_mode(False), torch.enable_grad():
-            expected = self._both(lambda _: grad)
+            expected = self._both(encode, lambda _: grad)
         turn, replayed = self.forward([x.detach() for x in self._inputs])
-        pairs = zip(expected, (replayed, *self.backward(turn, self._inputs, grad)), strict=True)
+        pairs = zip(expected, (replayed, *self.backward(turn, encode, self._inputs, grad)), strict=True)
         for own, other in ((own.double(), other.double()) for own, other in pairs if own is not None):
             # What was read from memory that has changed is wrong by far more.
             if not (own - other).norm() <= torch.finfo(self._output.dtype).eps ** 0.5 * own.norm():
@@ -164,7 +180,7 @@ class Recording:
             self._replay_forward()
             return self._turn, self._output.clone()
 
-    def backward(self, turn: int, inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
+    def backward(self, turn: int, encode: Pass, inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
         """Gradients of the inputs of the pass of that turn, in memory of their own, None for those without."""
         with self._lock, torch.no_grad():
             if turn == self._turn:
@@ -173,15 +189,16 @@ class Recording:
                 self._replay_backward()
                 return [None if own is None else own.clone() for own in self._grads]
         # Another pass has gone over the memory of this one since, so it is made again.
+        self.overrun = True
         with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
             inputs = [x.detach().requires_grad_(_learned(own)) for x, own in zip(inputs, self._inputs, strict=True)]
-            return _gradients(self._encode(*inputs), inputs, grad)
+            return _gradients(encode(*inputs), inputs, grad)
 
 
 class _Replayed(Function):
     @staticmethod
-    def forward(ctx: Any, recording: Recording, *inputs: Tensor) -> Tensor:
-        ctx.recording = recording
+    def forward(ctx: Any, recording: Recording, encode: Pass, *inputs: Tensor) -> Tensor:
+        ctx.recording, ctx.encode = recording, encode
         ctx.turn, output = recording.forward(inputs)
         ctx.save_for_backward(*inputs)
         return output
@@ -189,7 +206,12 @@ class _Replayed(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.recording.backward(ctx.turn, ctx.saved_tensors, grad)
+        return None, None, *ctx.recording.backward(ctx.turn, ctx.encode, ctx.saved_tensors, grad)
+
+
+def _saved_elsewhere() -> bool:
+    """Whether what a pass keeps for its gradients is not simply kept: by activation checkpoints, or on the host."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # torch has no other way to ask
 
 
 def _learned(x: Tensor) -> bool:

@@ -3,7 +3,9 @@ same memory, which is what a CUDA graph does with kernels.
 """
 
 import copy
+import gc
 import sys
+import weakref
 from functools import partial
 
 import pytest
@@ -11,8 +13,9 @@ import torch
 from open_clip import SimpleTokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
-from fastprompt.backbone import replay
+from fastprompt.backbone import replay, shared_prefix, text
 from fastprompt.backbone.class_tokens import tokenize_class_names
 from fastprompt.backbone.text import TextTower
 from tests.models import make_backbone, make_clip
@@ -94,9 +97,10 @@ def backbone(plain, monkeypatch):
     monkeypatch.setattr(sys.modules["fastprompt_kernels.prefix_attention"], "_check_queries", lambda *_: None)
     backbone = make_backbone(copy.deepcopy(plain.model))
     backbone.passes, encode = [], TextTower._encode_behind
+    passes = backbone.passes
 
     def spy(tower, *args, **kwargs):
-        backbone.passes.append(tower)
+        passes.append(1)
         return encode(tower, *args, **kwargs)
 
     monkeypatch.setattr(TextTower, "_encode_behind", spy)
@@ -151,6 +155,10 @@ def test_a_pass_over_whose_memory_another_went_is_made_again(plain, backbone):
     for context, own, (values, gradient) in zip(contexts, features, expected, strict=True):
         assert torch.equal(own, values)
         assert torch.equal(torch.autograd.grad((own * weights).sum(), context)[0], gradient)
+    backbone.passes.clear()
+    for _ in range(9):
+        step(backbone, 7)
+    assert len(backbone.passes) == 9  # to make a pass twice in every step would cost more than replays save
 
 
 def test_gradients_add_up_in_memory_of_their_own(plain, backbone):
@@ -213,6 +221,54 @@ def test_a_replay_that_is_wrong_is_found_out(plain, backbone, monkeypatch, caplo
     record(backbone)
     assert "a replay differs from the pass itself" in caplog.text
     assert all(map(torch.equal, step(backbone, 7), step(plain, 7)))
+
+
+def test_weights_with_gradients_are_not_replayed(backbone):
+    record(backbone)
+    scale = backbone._text.final_norm.weight.requires_grad_()
+    features = backbone.encode_prompts(draw((2, 4, 48), 7).requires_grad_(), TOKENS)
+    assert torch.autograd.grad(features.square().sum() + features.sum(), scale)[0].abs().max() > 0
+
+
+def test_constants_that_are_not_kept_are_not_recorded(backbone, monkeypatch):
+    for module in (shared_prefix, text):
+        monkeypatch.setattr(module, "CONSTANT_BYTES", 16)
+    record(backbone)
+    step(backbone, 7)
+    assert len(backbone.passes) == 1
+    assert not backbone._text.replays._seen
+
+
+def test_inside_of_checkpoints_passes_are_made_as_before(plain, backbone):
+    context = draw((2, 4, 48), 7).requires_grad_()
+    for _ in range(replay.REPEATS + 2):
+        features = checkpoint(lambda x: backbone.encode_prompts(x, TOKENS), context, use_reentrant=False)
+        (gradient,) = torch.autograd.grad((features * draw(features.shape, 99)).sum(), context)
+        assert torch.equal(gradient, step(plain, 7)[1])
+    assert not backbone._text.replays._recordings
+
+
+def test_what_a_recording_reads_outlives_the_cache(backbone):
+    record(backbone)
+    kept = backbone._text.constants._kept
+    constants = weakref.ref(*kept.values())
+    kept.clear()
+    gc.collect()
+    assert constants() is not None
+
+
+def test_recordings_are_gone_with_their_backbone(backbone):
+    gc.disable()
+    try:
+        own = make_backbone(make_clip())
+        own.passes = []
+        record(own)
+        assert own._text.replays._recordings
+        alive = weakref.ref(own._text)
+        del own
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_copies_start_without_recordings(backbone):
