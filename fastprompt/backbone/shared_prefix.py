@@ -75,8 +75,13 @@ class ConstantCache:
             self._keep(key, constants)
         return constants
 
+    @staticmethod
+    def has_room(constants: NameConstants) -> bool:
+        """Whether they can be kept at all; what cannot is new in every pass."""
+        return constants.nbytes <= CONSTANT_BYTES
+
     def _keep(self, key: tuple, constants: NameConstants) -> None:
-        if constants.nbytes > CONSTANT_BYTES:
+        if not self.has_room(constants):
             return
         self._kept[key] = constants  # behind all others
         while sum(kept.nbytes for kept in self._kept.values()) > CONSTANT_BYTES:

@@ -15,7 +15,7 @@ from fastprompt.backbone.class_tokens import ClassTokens
 from fastprompt.backbone.features import queue_copy
 from fastprompt.backbone.memory import EncodingPlan, MemoryBudget, TowerSize, plan_encoding, release_freed_memory
 from fastprompt.backbone.replay import Replays
-from fastprompt.backbone.shared_prefix import CONSTANT_BYTES, ConstantCache, NameConstants, bring, encode_shared_prefix
+from fastprompt.backbone.shared_prefix import ConstantCache, NameConstants, bring, encode_shared_prefix
 from fastprompt.errors import InputError
 
 
@@ -121,7 +121,7 @@ class TextTower:
             return self._project(self._encode_full_length(context, class_tokens, after, sparing))
         constants = self.constants.get(self, class_tokens, context, after, keep=not sparing)
         behind = partial(self._encode_behind, constants=constants, sparing=sparing)
-        if not replay or constants.nbytes > CONSTANT_BYTES:  # what is not kept is new in every pass
+        if not replay or not self.constants.has_room(constants):
             return behind(context, after)
         return self.replays.encode(behind, (context, after), constants, self._weights())
 
