@@ -223,6 +223,25 @@ def test_words_behind_the_name_are_encoded_in_pieces(vit_backbone, monkeypatch, 
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
 
 
+def test_a_list_of_names_serves_contexts_of_every_shape(vit_backbone):
+    names = ["cat", "polar bear", "sea"]
+    kept = vit_backbone.tokenize(names)
+    for context, after in [
+        ((2, 4), 0),
+        ((2, 2), 0),
+        ((2, 3, 4), 0),
+        ((2, 3, 2), 0),
+        ((2, 3, 2), 1),
+        ((2, 2), 1),
+        ((2, 2), 3),
+    ]:
+        learned = torch.randn(*context, 48, dtype=torch.float64), torch.randn(2, after, 48, dtype=torch.float64)
+        got, expected = (
+            vit_backbone.encode_prompts(learned[0], each, learned[1]) for each in (kept, vit_backbone.tokenize(names))
+        )
+        assert torch.equal(got, expected)
+
+
 def test_a_context_behind_names_of_unknown_length_is_refused(vit_backbone):
     tokens = replace(vit_backbone.tokenize(["cat"]), name_lengths=())
     with pytest.raises(InputError, match="class_tokens: expected name_lengths"):
