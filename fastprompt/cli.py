@@ -22,6 +22,7 @@ from fastprompt.experiment.config import (
     ExplainConfig,
     PredictConfig,
 )
+from fastprompt.version import __version__
 
 DESCRIPTION = """Prompt learning for CLIP-like models, from a few labelled images to a tested classifier.
 
@@ -29,7 +30,9 @@ A first run: fastprompt train gallop PHOTOS --pretrained openai --shots 16
 
 Then: fastprompt predict RUN_FOLDER picture.jpg
 
-Without data of your own: fastprompt demo"""
+Without data of your own: fastprompt demo
+
+Which version this is: fastprompt --version"""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,15 @@ OTHER_COMMANDS = (
     | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Demo, subcommand("demo")]
 )
+
+
+def _with_method(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the method of ``train`` as it is registered, however it was spelled."""
+    if arguments[:1] != ["train"] or not arguments[1:] or arguments[1].startswith("-"):
+        return list(arguments)
+    from fastprompt.learners import find_method
+
+    return ["train", find_method(arguments[1]).method, *arguments[2:]]
 
 
 def _train(arguments: Sequence[str]) -> type[Train]:
@@ -210,7 +222,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     logging.getLogger("fastprompt.backbone.memory").setLevel(logging.INFO)  # what a training step will take
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments == ["--version"]:
+        print(f"fastprompt {__version__}")
+        return 0
     try:
+        arguments = _with_method(arguments)
         command: Any = tyro.cli(
             Union[Annotated[_train(arguments), subcommand("train")], OTHER_COMMANDS],  # noqa: UP007
             prog="fastprompt",

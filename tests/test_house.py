@@ -59,7 +59,7 @@ def test_imports_go_one_way(file):
     parts = file.relative_to(ROOT).with_suffix("").parts
     here = "kernels" if parts[0] == "kernels" else parts[1]
     rooms = {room(module) for module in imported(file)} - {None, here}
-    if here in ("__init__", "cli", "doctor"):
+    if here in ("__init__", "__main__", "cli", "doctor"):
         return  # the roof: they may import everything
     if here == "data":
         assert rooms <= DATA_MAY_IMPORT
@@ -112,3 +112,36 @@ def test_public_names_exist():
         assert getattr(fastprompt, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'Gallop'"):
         _ = fastprompt.Gallop
+
+
+def seen_by_type_checkers(file):
+    """Names that a module imports outside of functions, under TYPE_CHECKING, too."""
+    blocks = [node.body if isinstance(node, ast.If) else [node] for node in ast.parse(file.read_text()).body]
+    imports = [node for block in blocks for node in block if isinstance(node, ast.ImportFrom)]
+    return {alias.asname or alias.name for node in imports for alias in node.names}
+
+
+def test_public_names_are_written_out_for_type_checkers():
+    import fastprompt
+
+    seen = seen_by_type_checkers(ROOT / "fastprompt" / "__init__.py")
+    assert set(fastprompt.__all__) <= seen
+    lists = {"_ROOMS", "_HOMES", "annotations", "import_module", "TYPE_CHECKING"}
+    assert seen - lists == set(fastprompt.__all__), "what is imported is public, and the other way round"
+
+
+def test_every_method_and_room_is_reached_from_the_front():
+    import fastprompt
+    from fastprompt import learners
+
+    ours = {cls.__name__ for cls in learners.METHODS.values() if cls.__module__.startswith("fastprompt.learners.")}
+    assert len(ours) == 12
+    assert ours <= set(learners.__all__) & set(fastprompt.__all__)
+    assert ours <= seen_by_type_checkers(ROOT / "fastprompt" / "learners" / "__init__.py")
+    rooms = {path.parent.name for path in ROOT.glob("fastprompt/*/__init__.py")} - {"demo"}
+    assert rooms <= set(fastprompt.__all__)
+
+
+@pytest.mark.parametrize("use", ["learners.CoOp", "layers.TopKLocalHead", "training.fit", "data.few_shot", "load_run"])
+def test_names_are_there_after_one_import(use):
+    subprocess.run([sys.executable, "-c", f"import fastprompt; fastprompt.{use}"], check=True)

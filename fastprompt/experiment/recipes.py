@@ -28,7 +28,7 @@ def list_recipes(method: str | None = None) -> str:
         last = "further recipes"
     else:
         learner = find_method(method)
-        title = f"Recipes of {method}; data sets that are not listed have the default"
+        title = f"Recipes of {learner.method}; data sets that are not listed have the default"
         rows = [(name, learner, name, _joined(recipe.options)) for name, recipe in learner.recipes.items()]
         last = "options"
     columns = (*map(Column, LISTED), Column(last))
@@ -47,14 +47,16 @@ def show_recipe(method: str, name: str) -> str:
     numbers = dict(zip(NUMBERS, _words(learner, recipe, NUMBERS), strict=True)) if learner.learns else {}
     values = {"source": recipe.source, **numbers, **{key: _word(value) for key, value in defaults.items()}}
     width = max(map(len, values))
-    return "\n".join([f"{method}, recipe {name}", *(f"  {key:{width}}  {value}" for key, value in values.items())])
+    return "\n".join(
+        [f"{learner.method}, recipe {name}", *(f"  {key:{width}}  {value}" for key, value in values.items())]
+    )
 
 
 def copy_recipe(method: str, name: str, file: Path) -> str:
     """Write a recipe to a new .json file; returns how it is used."""
     learner = find_method(method)
     write_recipe(learner, find_recipe(learner, name), file)
-    return f"{file}: change it, then `fastprompt train {method} PHOTOS --recipe {file}`"
+    return f"{file}: change it, then `fastprompt train {learner.method} PHOTOS --recipe {file}`"
 
 
 def resolved_recipe(config: ExperimentConfig) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Sequence
 from importlib import import_module
 from pkgutil import iter_modules
@@ -9,24 +11,71 @@ from pkgutil import iter_modules
 from fastprompt.backbone import Backbone
 from fastprompt.errors import InputError
 from fastprompt.learners.base import METHODS, OOD_KINDS, Learner, Scores
+from fastprompt.learners.cocoop import CoCoOp
+from fastprompt.learners.coop import CoOp
+from fastprompt.learners.copl import CoPL
+from fastprompt.learners.dual_view import DualView
+from fastprompt.learners.dualpt import DuAlPT
+from fastprompt.learners.gallop import GalLoP
+from fastprompt.learners.kgcoop import KgCoOp
+from fastprompt.learners.locoop import LoCoOp
+from fastprompt.learners.plot import PLOT
+from fastprompt.learners.prograd import ProGrad
 from fastprompt.learners.recipe import Recipe
+from fastprompt.learners.sot_glp import SOTGLP
+from fastprompt.learners.zero_shot import ZeroShot
+
+__all__ = [
+    "METHODS",
+    "OOD_KINDS",
+    "PLOT",
+    "SOTGLP",
+    "CoCoOp",
+    "CoOp",
+    "CoPL",
+    "DuAlPT",
+    "DualView",
+    "GalLoP",
+    "KgCoOp",
+    "Learner",
+    "LoCoOp",
+    "ProGrad",
+    "Recipe",
+    "Scores",
+    "ZeroShot",
+    "find_method",
+    "make_learner",
+]
 
 for _module in sorted(module.name for module in iter_modules(__path__)):
     import_module(f"{__name__}.{_module}")
-_classes = {learner.__name__: learner for learner in METHODS.values()}
-globals().update(_classes)  # fastprompt.learners.CoOp, and so on
 
 
 def find_method(method: str) -> type[Learner]:
-    """The class of a method by its name, as on the command line."""
-    if method not in METHODS:
-        raise InputError(f"method: expected one of {', '.join(sorted(METHODS))}, got {method!r}")
-    return METHODS[method]
+    """Find the class of a method by its name in any spelling: "sot-glp", "SOTGLP", "Sot_GLP".
+
+    Raises:
+        InputError: no method has that name; the sentence suggests the nearest one.
+    """
+    if method in METHODS:
+        return METHODS[method]
+    spellings: dict[str, set[str]] = {}
+    for name, learner in METHODS.items():
+        for known in (name, learner.__name__):
+            spellings.setdefault(_letters(known), set()).add(name)
+    found = spellings.get(_letters(str(method)), set())
+    if len(found) == 1:
+        return METHODS[found.pop()]
+    near = difflib.get_close_matches(_letters(str(method)), spellings, n=1)
+    hint = f": did you mean {' or '.join(sorted(spellings[near[0]]))}?" if near else ""
+    raise InputError(f"method: expected one of {', '.join(sorted(METHODS))}, got {method!r}{hint}")
+
+
+def _letters(name: str) -> str:
+    """A name without what its spellings differ in: case, spaces and marks."""
+    return re.sub(r"[\W_]", "", name).casefold()
 
 
 def make_learner(method: str, backbone: Backbone, class_names: Sequence[str], **options: object) -> Learner:
-    """The learner of a method by its name, as in a run folder; ``options`` as in its class."""
+    """Make the learner of a method by its name, as `find_method` reads it; ``options`` as in its class."""
     return find_method(method)(backbone, class_names, **options)
-
-
-__all__ = ["METHODS", "OOD_KINDS", "Learner", "Recipe", "Scores", "find_method", "make_learner", *_classes]

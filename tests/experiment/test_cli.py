@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from fastprompt.cli import main
 from fastprompt.data import LabelledImages
+from fastprompt.version import __version__
 from tests.experiment.conftest import COLOURS, write_images
 
 
@@ -227,12 +228,26 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(case, photos, common, ca
 
 
 def test_bad_input_ends_a_process_with_status_2():
-    command = [sys.executable, "-m", "fastprompt.cli", "evaluate", "nowhere"]
+    command = [sys.executable, "-m", "fastprompt", "evaluate", "nowhere"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2
     assert ended.stdout == ""
     assert ended.stderr.startswith("fastprompt: error: nowhere must be a run folder")
     assert ended.stderr.count("\n") == 1
+
+
+def test_a_module_and_its_version(capsys):
+    said = subprocess.run([sys.executable, "-m", "fastprompt", "--version"], capture_output=True, text=True, check=True)
+    assert said.stdout == f"fastprompt {__version__}\n"
+
+
+def test_methods_are_taken_in_any_spelling_and_the_nearest_is_suggested(photos, common, capsys):
+    assert main(["train", "CoOp", str(photos), *common, "--out", "run"]) == 0
+    assert json.loads(Path("run/config.json").read_text())["method"] == "coop"
+    assert main(["recipes", "show", "KgCoOp"]) == 0
+    assert "kgcoop, recipe default" in capsys.readouterr().out
+    assert main(["train", "galop", str(photos), *common]) == 2
+    assert "got 'galop': did you mean gallop?" in capsys.readouterr().err
 
 
 def test_changed_weights_are_noticed(trained, photos, model_folder, monkeypatch, capsys):

@@ -54,7 +54,7 @@ def test_the_worked_example_in_the_folder_of_learners_is_a_method(example, tmp_p
     shutil.copytree(ROOT / "fastprompt", home / "fastprompt", ignore=shutil.ignore_patterns("demo", "__pycache__"))
     shutil.copy(example, home / "fastprompt" / "learners")
     path = os.pathsep.join([str(home), str(ROOT / "kernels")])
-    command = [sys.executable, "-m", "fastprompt.cli", "train", "best-patches", "--recipe", "imagenet", "--help"]
+    command = [sys.executable, "-m", "fastprompt", "train", "best-patches", "--recipe", "imagenet", "--help"]
     ended = subprocess.run(
         command, capture_output=True, text=True, check=True, cwd=home, env={**os.environ, "PYTHONPATH": path}
     )

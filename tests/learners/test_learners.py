@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from benchmarks.peers import gallop_dense
 from fastprompt import CoOp, GalLoP, ImageFeatures, InputError, ZeroShot, load_backbone, make_learner
-from fastprompt.learners import METHODS
+from fastprompt.learners import METHODS, find_method
 from tests.learners import support
 from tests.learners.support import LABELS, ids
 
@@ -244,3 +244,30 @@ def test_features_move_and_index_together():
     picked = features[torch.tensor([2, 0])].to("cpu")
     assert picked.pooled.tolist() == [[4, 5], [0, 1]]
     assert picked.patches[0].tolist() == [[8, 9], [10, 11]]
+
+
+@pytest.mark.parametrize(
+    ("spelling", "method"),
+    [("CoOp", "coop"), ("GALLOP", "gallop"), ("SOTGLP", "sot-glp"), ("Sot_GLP", "sot-glp"), ("Zero Shot", "zero-shot")],
+)
+def test_methods_are_found_by_any_spelling(vit_backbone, spelling, method):
+    assert find_method(spelling) is METHODS[method]
+    assert make_learner(spelling, vit_backbone, NAMES).method == method
+
+
+def test_every_method_is_found_by_the_name_of_its_class():
+    for learner in METHODS.values():
+        assert find_method(learner.__name__) is learner
+
+
+def test_a_spelling_of_two_methods_is_refused(monkeypatch):
+    monkeypatch.setitem(METHODS, "co-op", METHODS["kgcoop"])
+    assert find_method("co-op") is METHODS["kgcoop"], "an exact name is never ambiguous"
+    with pytest.raises(InputError, match="got 'CO_OP': did you mean co-op or coop"):
+        find_method("CO_OP")
+
+
+@pytest.mark.parametrize("wrong", ["galop", "gallops", "GaLoPP"])
+def test_the_nearest_method_is_suggested(wrong):
+    with pytest.raises(InputError, match=f"got '{wrong}': did you mean gallop\\?"):
+        find_method(wrong)
