@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = [
     "kernels",
     "errors",
+    "files",
     "version",
     "backbone",
     "layers",
@@ -26,7 +27,7 @@ ROOMS = [
 ]
 # Other code's checkpoints are pickles: they are read here alone, by torch's reader that executes nothing.
 CHECKPOINTS = ROOT / "fastprompt" / "exchange" / "checkpoint.py"
-DATA_MAY_IMPORT = {"data", "errors", "version"}
+DATA_MAY_IMPORT = {"data", "errors", "files", "version"}
 LIBRARY_FILES = sorted([*ROOT.glob("fastprompt/**/*.py"), *ROOT.glob("kernels/**/*.py")])
 
 

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from fastprompt.errors import InputError
+from fastprompt.files import write_file
 from fastprompt.learners.templates import TEMPLATES
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def write_recipe(learner: type[Learner], recipe: Recipe, file: Path) -> None:
         raise InputError(f"file: expected a name that ends in .json, got {file}")
     if file.exists():
         raise InputError(f"file: {file} exists already")
-    file.write_text(json.dumps({"method": learner.method, **recipe.to_dict()}, indent=2) + "\n", encoding="utf-8")
+    write_file(file, json.dumps({"method": learner.method, **recipe.to_dict()}, indent=2) + "\n")
 
 
 def _read_recipe(learner: type[Learner], file: Path) -> Recipe:

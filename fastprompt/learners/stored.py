@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 from huggingface_hub import ModelHubMixin, hf_hub_download
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastprompt.backbone import Backbone, load_backbone
 from fastprompt.errors import InputError
+from fastprompt.files import write_file, write_tensors
 
 if TYPE_CHECKING:
     from fastprompt.learners.base import Learner
@@ -78,9 +78,8 @@ class HubLearner(ModelHubMixin, library_name="fastprompt", tags=["prompt-learnin
 
     def _save_pretrained(self, save_directory: Path) -> None:
         described = {METADATA: {**describe(self), "options": self.options}}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, save_directory / MODEL, {METADATA: json.dumps(described[METADATA])})
-        (save_directory / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        write_tensors(save_directory / MODEL, self.state_dict(), {METADATA: json.dumps(described[METADATA])})
+        write_file(save_directory / "config.json", json.dumps(described, indent=2) + "\n")
 
     @classmethod
     def _from_pretrained(

@@ -2,8 +2,6 @@
 
 import base64
 import io
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +10,7 @@ import matplotlib as mpl
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from fastprompt.files import write_file
 from fastprompt.report.table import Table
 from fastprompt.version import __version__
 
@@ -94,14 +93,7 @@ def write_report(report: Report, path: Path | str) -> None:
     path = Path(path)
     html = render_report(report)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(html)
-        Path(temporary).chmod(0o644)  # mkstemp keeps its files to their owner
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    write_file(path, html)
 
 
 def _data_uri(figure: Figure) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fastprompt.errors import InputError
+from fastprompt.files import write_file, write_tensors
 from fastprompt.learners.stored import describe
 from fastprompt.training.environment import environment
 from fastprompt.training.metrics import EpochMetrics
-from fastprompt.training.state import TrainingState, read_tensors, tensors_to_bytes
+from fastprompt.training.state import TrainingState, read_tensors
 
 if TYPE_CHECKING:
     from fastprompt.learners import Learner
@@ -107,7 +107,8 @@ class RunFolder:
 
     def save_state(self, state: TrainingState) -> None:
         """Write the state that an unfinished training resumes from."""
-        self._write(STATE, state.to_bytes())
+        self._begin()
+        state.write(self.path / STATE)
 
     def load_state(self) -> TrainingState | None:
         """The saved state; None if there is none.
@@ -127,7 +128,8 @@ class RunFolder:
             extra: More metadata, for instance what is needed to build the learner again; what JSON can hold.
         """
         metadata = {**describe(learner), **(extra or {})}
-        self._write(MODEL, tensors_to_bytes(learner.state_dict(), {METADATA: json.dumps(metadata)}))
+        self._begin()
+        write_tensors(self.path / MODEL, learner.state_dict(), {METADATA: json.dumps(metadata)})
         (self.path / STATE).unlink(missing_ok=True)
 
     def load_model(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -143,30 +145,22 @@ class RunFolder:
         return tensors, _parse(file, metadata.get(METADATA, "null"))
 
     def _write_metrics(self, lines: list[dict[str, Any]]) -> None:
-        self._write(METRICS, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+        self._begin()
+        write_file(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
 
-    def _write(self, name: str, content: bytes) -> None:
+    def _begin(self) -> None:
+        """Make the folder a run, if it is none yet."""
         if not (self.path / CONFIG).is_file():
             self.path.mkdir(parents=True, exist_ok=True)
             # config.json comes second: where it is, the folder is a run.
-            _replace(self.path / ENVIRONMENT, json.dumps(environment(), indent=2).encode() + b"\n")
-            _replace(self.path / CONFIG, json.dumps(self.config, indent=2).encode() + b"\n")
-        _replace(self.path / name, content)
+            write_file(self.path / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
+            write_file(self.path / CONFIG, json.dumps(self.config, indent=2) + "\n")
 
 
 def epoch_metrics(run: RunFolder) -> list[EpochMetrics]:
     """The epochs that a run has trained, from the first."""
     lines = run.metrics("epoch")
     return [EpochMetrics(**{name: value for name, value in line.items() if name != "kind"}) for line in lines]
-
-
-def _replace(file: Path, content: bytes) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _is_run(path: Path) -> bool:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 from torch import Tensor
 
 from fastprompt.errors import InputError
+from fastprompt.files import write_tensors
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,21 @@ class TrainingState:
     learned: Mapping[str, Tensor]
     momentum: Mapping[str, Tensor]
 
-    def to_bytes(self) -> bytes:
-        """The state in the safetensors format."""
+    def write(self, file: Path) -> None:
+        """Write the state as one safetensors file.
+
+        Raises:
+            InputError: The file cannot be written.
+        """
         tensors = {"losses": self.losses, "correct": self.correct}
         tensors |= {f"learned.{name}": tensor for name, tensor in self.learned.items()}
         tensors |= {f"momentum.{name}": tensor for name, tensor in self.momentum.items()}
         counters = {name: repr(getattr(self, name)) for name in ("images", "epoch", "step", "seconds")}
-        return tensors_to_bytes(tensors, counters)
+        write_tensors(file, tensors, counters)
 
     @classmethod
     def from_file(cls, path: Path) -> TrainingState:
-        """Read a state that `to_bytes` made.
+        """Read a state that `write` wrote.
 
         Raises:
             InputError: The file is damaged or holds something else.
@@ -68,12 +72,6 @@ class TrainingState:
             )
         except (KeyError, ValueError) as error:
             raise InputError(f"{path} must hold the state of a training, but {error} is missing or invalid") from error
-
-
-def tensors_to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Tensors on any device and strings, in the safetensors format."""
-    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return safetensors.torch.save(on_cpu, dict(metadata))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

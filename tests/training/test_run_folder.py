@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import fastprompt.training.run_folder as run_folder
 from fastprompt.errors import InputError
 from fastprompt.training import RunFolder
 from fastprompt.training.state import TrainingState
@@ -139,20 +138,6 @@ def test_a_learner_without_tensors_can_be_saved(run, toy):
     del learner.weight, learner.bias
     run.save_model(learner)
     assert run.load_model()[0] == {}
-
-
-def test_write_that_fails_keeps_the_old_file_and_no_other(run, monkeypatch):
-    before = {file.name: file.read_bytes() for file in run.path.iterdir()}
-
-    def full_disk(self, content):
-        with self.open("wb") as file:
-            file.write(content[: len(content) // 2])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(run_folder.Path, "write_bytes", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        run.log("epoch", epoch=2)
-    assert {file.name: file.read_bytes() for file in run.path.iterdir()} == before
 
 
 def test_metrics_of_one_kind(run):

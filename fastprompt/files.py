@@ -1,0 +1,168 @@
+"""Files that survive a kill or a full disk: written whole or not at all, by one process at a time."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import IO
+
+import safetensors.torch
+from torch import Tensor
+
+from fastprompt.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: there, nothing is locked
+    fcntl = None
+
+LOCK = ".fastprompt-lock"  # in a folder that a process writes into
+TEMPORARY = ".fastprompt-tmp"  # how the names of unfinished files end
+# What file systems say that do not know an operation.
+_UNKNOWN = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``file``; what the block writes there becomes ``file`` when it ends.
+
+    Its bytes are on the disk before it gets its name: after a kill or a power cut there is the old file or the new one.
+    When the block raises, the old file stays and the temporary goes; after a kill, ``locked`` sweeps it.
+
+    Raises:
+        InputError: The disk is full, the folder cannot be written, or whatever else the system says, in one sentence.
+    """
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}{TEMPORARY}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as written:
+            os.fsync(written.fileno())
+        temporary.replace(file)
+        _sync_folder(file.parent)
+    except OSError as error:
+        raise _cannot_write(file, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_file(file: Path, content: bytes | str) -> None:
+    """Write a file as ``replacing`` does; text as UTF-8."""
+    with replacing(file) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors, on any device, and strings in the safetensors format, as ``replacing`` does."""
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Not by save_file, which has temporary files and an error of its own.
+    write_file(file, safetensors.torch.save(on_cpu, dict(metadata or {})))
+
+
+@contextmanager
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Be the only process that writes into a folder, which is made if need be.
+
+    Unfinished files of killed processes are removed first. A process that dies loses its lock, which the system keeps.
+    A folder that was made for this and is empty in the end is removed.
+
+    Args:
+        folder: What to lock. Reading needs no lock.
+        wait: Whether to wait for a process that holds it, after a warning that names it.
+
+    Raises:
+        InputError: Another process holds it (the sentence says which, and since when), or it cannot be written.
+    """
+    folder = folder.resolve()
+    made: list[Path] = []
+    try:
+        lock = _take(folder, wait, made)
+        for left in folder.glob(f".*{TEMPORARY}"):
+            left.unlink()
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)  # first, so that whoever opened it sees that it is not the lock now
+        lock.close()
+        _remove_empty(made)
+
+
+def _take(folder: Path, wait: bool, made: list[Path]) -> IO[str]:
+    """The lock file, held as long as it is open; folders that had to be made, deepest first, go to ``made``."""
+    while True:
+        made[:] = [place for place in (folder, *folder.parents) if not place.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = (folder / LOCK).open("a+")
+        except FileNotFoundError:  # the folder was removed meanwhile, as an empty one is
+            continue
+        try:
+            _flock(lock, folder, wait)
+            if (folder / LOCK).exists() and os.path.samestat(os.fstat(lock.fileno()), (folder / LOCK).stat()):
+                lock.truncate(0)
+                now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+                lock.write(f"process {os.getpid()} on {socket.gethostname()} since {now}")
+                lock.flush()
+                return lock
+        except BaseException:
+            lock.close()
+            raise
+        lock.close()  # of a file that its holder removed meanwhile
+
+
+def _flock(lock: IO[str], folder: Path, wait: bool) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        holder = lock.read(200) or "another process"
+        if not wait:
+            raise InputError(
+                f"{folder}: expected no other process to write here, but {holder} does: wait for it, or choose "
+                "another folder"
+            ) from error
+        _log.warning("%s: waiting for %s, which writes here", folder, holder)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _UNKNOWN:
+            raise
+        _log.warning("%s: cannot be locked (%s): let one process at a time write here", folder, error.strerror)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders, the deepest first, up to one that is in use."""
+    try:
+        for folder in folders:
+            folder.rmdir()
+    except OSError:  # not empty, and so are those above
+        return
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in a folder last, on systems whose folders can be opened."""
+    if os.name != "posix":
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in _UNKNOWN:
+            raise
+    finally:
+        os.close(opened)
+
+
+def _cannot_write(file: Path, error: OSError) -> InputError:
+    return InputError(f"{file}: cannot be written ({error.strerror or error})")
