@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, Union
 
 import tyro
-from tyro.conf import Positional, subcommand
+from tyro.conf import Positional, arg, subcommand
 
 from fastprompt.errors import InputError
 from fastprompt.exchange.config import ExportConfig, ImportConfig, WordsConfig
 from fastprompt.experiment.config import (
     EvaluateConfig,
-    ExperimentConfig,
     ExplainConfig,
     PredictConfig,
 )
@@ -39,14 +38,14 @@ Which version this is: fastprompt --version"""
 class Train:
     """Train a learner on a few labelled images, test it beside zero-shot CLIP, and write a run folder."""
 
-    config: ExperimentConfig
+    config: Any  # the settings in groups, see ``option_groups``
 
 
 @dataclass(frozen=True)
 class ListRecipes:
     """List the recipes of all methods, or those of one by data set."""
 
-    method: Positional[str | None] = None
+    method: Annotated[Positional[str | None], arg(metavar="[METHOD]")] = None
     """Method, such as gallop."""
 
 
@@ -54,9 +53,9 @@ class ListRecipes:
 class ShowRecipe:
     """Show everything that a recipe decides, and where its numbers stand."""
 
-    method: Positional[str]
+    method: Annotated[Positional[str], arg(metavar="METHOD")]
     """Method, such as gallop."""
-    recipe: Positional[str] = "default"
+    recipe: Annotated[Positional[str], arg(metavar="[RECIPE]")] = "default"
     """Name of the recipe: default, a data set such as imagenet, or a .json file."""
 
 
@@ -64,11 +63,11 @@ class ShowRecipe:
 class CopyRecipe:
     """Write a recipe to a .json file, to be changed and given to `fastprompt train METHOD --recipe FILE`."""
 
-    method: Positional[str]
+    method: Annotated[Positional[str], arg(metavar="METHOD")]
     """Method, such as gallop."""
-    recipe: Positional[str]
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
     """Name of the recipe: default, or a data set such as imagenet."""
-    file: Positional[Path]
+    file: Annotated[Positional[Path], arg(metavar="FILE.json")]
     """New file, whose name ends in .json."""
 
 
@@ -129,6 +128,7 @@ def _train(arguments: Sequence[str]) -> type[Train]:
     if arguments[:1] != ["train"]:
         return Train  # its options are not asked for, and methods are known only where torch is imported
     from fastprompt.experiment.methods import train_config
+    from fastprompt.experiment.option_groups import grouped
     from fastprompt.learners import METHODS
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -139,7 +139,7 @@ def _train(arguments: Sequence[str]) -> type[Train]:
         config = train_config(method, recipe if method == asked else "default")
         # In the list of methods, one line each; the whole description in a method's own help.
         description = None if method == asked else config.__doc__.split("\n\n")[0]
-        configs.append(Annotated[config, subcommand(method, prefix_name=False, description=description)])
+        configs.append(Annotated[grouped(config), subcommand(method, prefix_name=False, description=description)])
     made = make_dataclass("Train", [("config", Union[tuple(configs)])], bases=(Train,), frozen=True)  # noqa: UP007
     made.__doc__ = Train.__doc__
     return made
@@ -160,10 +160,11 @@ def run(
     """Carry out one command and print what came of it."""
     # Imports stand here so that --help and usage errors do not wait for torch and open_clip.
     match command:
-        case Train(config):
+        case Train(options):
             from fastprompt.experiment.recipes import resolved_recipe
             from fastprompt.experiment.train import train_run
 
+            config = options.flat()
             print(resolved_recipe(config))
             trained = train_run(config)
             print(f"\n{trained.table.to_text()}\n\nrun folder: {trained.run.path}")

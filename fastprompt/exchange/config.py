@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
-from fastprompt.experiment.config import BackboneConfig
+from fastprompt.experiment.config import BackboneConfig, Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class ImportConfig(BackboneConfig):
     Nothing in the file is executed. The file does not name its classes, so they are named here.
     """
 
-    file: Positional[Path]
+    file: Annotated[Positional[Path], arg(metavar="CHECKPOINT")]
     """The checkpoint."""
     out: Path
     """Run folder to write."""
@@ -40,7 +40,7 @@ class ImportConfig(BackboneConfig):
 class ExportConfig:
     """Write the classifier of a run for use without this library."""
 
-    run: Positional[Path]
+    run: Run
     """Run folder."""
     out: Path | None = None
     """.safetensors: a (C, D) matrix and the preprocessing. .onnx: images in, logits out. Default: head.safetensors
@@ -55,7 +55,7 @@ class ExportConfig:
 class WordsConfig:
     """Show the words whose token embeddings are nearest to each learned context token. They rarely mean anything."""
 
-    run: Positional[Path]
+    run: Run
     """Run folder."""
     top: int = 3
     """How many words for each token."""

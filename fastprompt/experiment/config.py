@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from fastprompt.errors import InputError
 
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 
 LOCAL = "local-dir:"
+
+# Positional arguments by the names that the help gives them.
+Data = Annotated[Positional[Path], arg(metavar="DATA")]
+Run = Annotated[Positional[Path], arg(metavar="RUN")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +66,7 @@ class FeatureConfig:
 class DataConfig:
     """Which images."""
 
-    data: Positional[Path]
+    data: Data
     """Folder of class folders (directly, or in train/ and test/), or dataset folder with a CoOp split file."""
     split_file: Path | None = None
     """CoOp split file. Default: the one in the data folder, if there is one."""
@@ -169,9 +173,9 @@ class TrainConfig(ExperimentConfig):
 class EvaluateConfig(FeatureConfig):
     """Test a finished run: on its own data, on other classes, on another data set, or against unknown objects."""
 
-    run: Positional[Path]
+    run: Run
     """Run folder that train wrote."""
-    data: Positional[Path | None] = None
+    data: Annotated[Positional[Path | None], arg(metavar="[DATA]")] = None
     """Data folder to test on. Default: the one that the run was trained on."""
     split: Literal["train", "val", "test", "all"] = "test"
     """Which images of it."""
@@ -189,9 +193,9 @@ class EvaluateConfig(FeatureConfig):
 class PredictConfig:
     """Name what is on images."""
 
-    run: Positional[Path]
+    run: Run
     """Run folder that train wrote."""
-    images: Positional[tuple[Path, ...]]
+    images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE [IMAGE ...]")]
     """Image files, or folders of images."""
     top: int = 3
     """How many classes to show."""
@@ -209,9 +213,9 @@ class ExplainConfig:
     methods those more similar to the class's text than the image's mean patch.
     """
 
-    run: Positional[Path]
+    run: Run
     """Run folder that train wrote."""
-    image: Positional[Path]
+    image: Annotated[Positional[Path], arg(metavar="IMAGE")]
     """Image file."""
     class_name: str | None = None
     """Class to explain. Default: the predicted one."""
