@@ -9,6 +9,7 @@ from fastprompt.errors import InputError
 from fastprompt.evaluation.summary import Cell, Row, Summary
 
 NOT_MEASURED = "–"
+LEGEND = "* best of its column"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class TextCell:
     Attributes:
         text: the number or the words.
         spread: the standard deviation, without the ± sign; empty if there is none.
-        best: whether it is the best of its column.
+        best: whether it is the best of its column, and not all of them look equal.
     """
 
     text: str
@@ -87,7 +88,7 @@ class Table:
         return [[cells[i] for cells in columns] for i in range(len(self.rows))]
 
     def to_text(self) -> str:
-        """The table for a terminal; a star follows the best value of a column."""
+        """The table for a terminal; a star, which a legend explains, follows the best value of a column."""
         columns = [_aligned([self.label_title, *(row.label for row in self.rows)], str.ljust)]
         for column, cells in zip(self.columns, self._shown_columns(), strict=True):
             # Spread and star have places of their own, so that the numbers stand below each other.
@@ -97,7 +98,9 @@ class Table:
             columns.append(_aligned([f"{column.heading} ", *texts], str.rjust))
         header, *lines = ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
         rule = "─" * max(map(len, [header, *lines]))
-        return "\n".join([self.title, "", header, rule, *lines, *([rule, self.note] if self.note else [])])
+        starred = any(cell.best for cells in self.shown() for cell in cells)
+        below = [text for text in (LEGEND if starred else "", self.note) if text]
+        return "\n".join([self.title, "", header, rule, *lines, *([rule, *below] if below else [])])
 
     def to_markdown(self) -> str:
         """The table in Markdown; the best value of a column is bold."""
@@ -116,14 +119,16 @@ class Table:
 
 
 def _shown_column(column: Column, cells: list[Cell]) -> list[TextCell]:
-    """The cells of one column in text, with the best marked where at least two numbers can be compared."""
+    """The cells of one column in text, with the best marked where it is better than another."""
     shown = [_shown_cell(column, cell) for cell in cells]
     values = [_value(cell) for cell in cells]
     numbers = [value for value in values if math.isfinite(value)]
-    if column.higher_is_better is None or len(numbers) < 2:
+    if column.higher_is_better is None or not numbers:
         return shown
     best = max(numbers) if column.higher_is_better else min(numbers)
     best_text = _number(column, best)
+    if all(_number(column, value) == best_text for value in numbers):
+        return shown  # none of them is better than another
     return [
         TextCell(cell.text, cell.spread, best=math.isfinite(value) and cell.text == best_text)
         for cell, value in zip(shown, values, strict=True)

@@ -33,6 +33,7 @@ def test_plain_text_is_aligned_and_marked():
         "GalLoP            81.0 ± 0.5*       25.0*        15",
         "Zero-shot CLIP    60.0                 –       none",
         "───────────────────────────────────────────────────",
+        "* best of its column",
         "3 seeds.",
     ]
 
@@ -68,6 +69,7 @@ def test_which_cells_are_best():
     assert best(ACCURACY, 0.30001, 0.30002, 0.2) == [True, True, False], "what looks equal is marked alike"
     assert best(ACCURACY, math.nan, 0.3, 0.2, None, "90.0") == [False, True, False, False, False]
     assert best(ACCURACY, 0.3, None) == [False, False], "one number is not the best of anything"
+    assert best(ACCURACY, 0.30001, 0.30002, None) == [False] * 3, "where all look equal, none is better"
 
 
 def test_lower_is_better_of_errors_and_false_positives_alone():
@@ -82,3 +84,9 @@ def test_rows_must_fit_the_columns():
 def test_a_table_without_rows_is_a_header():
     assert "Accuracy (%)" in table().to_text()
     assert table().shown() == []
+
+
+def test_the_legend_stands_below_stars_alone():
+    assert table(("CoOp", (0.5, 0.4, 1)), ("GalLoP", (0.6, 0.4, 1))).to_text().endswith("\n* best of its column")
+    equal = table(("CoOp", (0.5, 0.4, 1)), ("GalLoP", (0.5, 0.4, 2))).to_text()
+    assert "*" not in equal and equal.endswith("2")
