@@ -13,7 +13,6 @@ from fastprompt_kernels import prefix_attention
 from torch import Tensor
 
 from benchmarks.measure import UnavailableError
-from fastprompt.backbone import shared_prefix
 
 
 def compiled(function: Callable[..., object]) -> Callable[..., object]:
@@ -40,6 +39,7 @@ def by_xformers(function: Callable[..., object]) -> Callable[..., object]:
 
     The function returned raises UnavailableError where xformers cannot run.
     """
+    from fastprompt.backbone import shared_prefix  # brings open_clip, which the similarity does not need
 
     def attention(*args: object, **options: object) -> Tensor:
         try:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import call_overhead, drop_in
-from benchmarks.__main__ import BENCHMARKS
+from benchmarks.command_line import BENCHMARKS
 from benchmarks.measure import UnavailableError
 from benchmarks.similarity import around
 

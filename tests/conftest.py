@@ -11,7 +11,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tests.models import make_backbone, make_clip
+
+def pytest_collection_modifyitems(items):
+    """Tests of modules that have a DEVICE run there: on a GPU where there is one, else in Triton's interpreter."""
+    for item in items:
+        if hasattr(item.module, "DEVICE"):
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +29,8 @@ def messages_as_before():
 
 @pytest.fixture(scope="session")
 def vit_backbone():
+    from tests.models import make_backbone, make_clip  # brings open_clip, which the kernels' tests do without
+
     return make_backbone(make_clip())
 
 

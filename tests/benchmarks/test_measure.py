@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 
-import benchmarks.__main__ as cli
+import benchmarks.command_line as cli
 from benchmarks.__main__ import main
 from benchmarks.measure import (
     AsRounded,
@@ -114,6 +114,20 @@ def test_a_wrong_result_has_no_time_and_exit_status_1(monkeypatch, tmp_path, cap
     assert main() == 1
     assert "wrong result: fastprompt: result 0" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_a_wrong_result_does_not_end_the_command(monkeypatch, tmp_path):
+    monkeypatch.setattr("benchmarks.measure.SECONDS", 0.0)
+    monkeypatch.setattr("benchmarks.measure.peak_memory", lambda *_: None)
+    ones, zeros = (lambda: (torch.ones(2),)), (lambda: (torch.zeros(2),))
+
+    def build(shape, device):
+        return Case({"peer": ones if shape["C"] == 3 else zeros}, "peer", ones, 1e-6)
+
+    shapes = {"cpu": ({**SHAPE, "C": 5}, SHAPE, {**SHAPE, "C": 7})}
+    with pytest.raises(WrongResultError, match=r"peer: result 0 .* \(.*C=5\); peer: result 0 .* \(.*C=7\)$"):
+        cli.run(replace(BENCHMARK, build=build, shapes=shapes), cli.Measure(out=tmp_path))
+    assert [row["C"] for row in csv.DictReader((tmp_path / "waiting.csv").open())] == ["3"]
 
 
 def test_ratios_are_those_of_the_times(monkeypatch):

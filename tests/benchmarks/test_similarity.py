@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import break_even, patch_statistics, similarity, topk_similarity
+from benchmarks import break_even, call_overhead, patch_statistics, similarity, topk_similarity
 from benchmarks.measure import UnavailableError, WrongResultError, check
 from benchmarks.optional import compiled
 
@@ -76,6 +76,14 @@ def test_the_floor_makes_the_products_of_its_pass(monkeypatch, direction, produc
     patches, prompts = torch.ones(2, 5, 3), torch.ones(4, 7, 3)
     similarity.floors({"pass": direction}, patches, prompts, 56)["floor: products"]()
     assert made == [((28, 3), (3, 10)), ((28, 10), (10, 3)), ((10, 28), (28, 3))][:products]
+
+
+def test_what_is_made_for_processors_has_no_call_overhead_on_a_gpu(monkeypatch):
+    drawn = similarity.draw({**call_overhead.BENCHMARK.shapes["cpu"][0]}, CPU)
+    monkeypatch.setattr(similarity, "draw", lambda shape, device: drawn)
+    shape, kinds = call_overhead.BENCHMARK.shapes["cuda"][0], ("cpu", "cuda")
+    names = [set(call_overhead.build(shape, torch.device(kind)).implementations) for kind in kinds]
+    assert names[0] - names[1] == {"impl='blocked'"} and "impl='auto'" in names[1]
 
 
 def test_around_changes_one_parameter_at_a_time():

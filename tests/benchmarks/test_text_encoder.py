@@ -98,6 +98,28 @@ def test_memory_is_written_with_how_many_times_less_it_is(monkeypatch, tmp_path)
     assert "20.00*" in text_memory.table(WHOLE, memory).to_text()
 
 
+def test_what_does_not_fit_on_a_gpu_has_no_row_and_the_others_have(monkeypatch, tmp_path, capsys):
+    def weigh(build, shape, device, name):
+        if name == text_encoder.PADDED:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return Memory(50, 40)
+
+    monkeypatch.setattr(text_memory, "peak_memory", weigh)
+    memory = text_memory.weigh(WHOLE, CPU)
+    assert "77 tokens does not fit into the memory of this device" in capsys.readouterr().out
+    text_memory.write(WHOLE, CPU, memory, tmp_path / "text_encoder_memory.csv")
+    rows = read_rows(tmp_path / "text_encoder_memory.csv")
+    assert [(row["implementation"], row["times_less"]) for row in rows] == [("longest name", ""), ("fastprompt", "")]
+    assert "50.0" in text_memory.table(WHOLE, memory).to_text()
+
+
+def test_shapes_of_a_gpu_have_as_many_classes_as_imagenet_and_an_attention_of_16_bits():
+    shapes, quick = (kind["cuda"] for kind in (text_encoder.BENCHMARK.shapes, text_encoder.BENCHMARK.quick_shapes))
+    assert {shape["dtype"] for shape in shapes if shape["C"] == 1000} == {"float32", "bfloat16"}
+    assert {shape["dtype"] for shape in quick} == {"float32", "bfloat16"}
+    assert all(len(set(names)) == len(names) for names in text_encoder.NAMES.values())
+
+
 def test_where_memory_is_not_told_nothing_is_made_up(monkeypatch):
     monkeypatch.setattr(text_memory, "peak_memory", lambda *_: None)
     with pytest.raises(InputError, match="peak memory is measured on Linux"):

@@ -5,6 +5,13 @@ from fastprompt_kernels import topk_similarity
 from fastprompt_kernels.testing import Inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def on_device(*implementations: str) -> list[str]:
+    """Those that the device has: `blocked` of topk_similarity is made for processors."""
+    return [impl for impl in implementations if impl != "blocked" or DEVICE == "cpu"]
+
 
 def run(inputs: Inputs, impl: str, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, ...]:
     """Values and both gradients, in another dtype if one is given."""

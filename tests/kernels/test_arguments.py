@@ -4,6 +4,8 @@ import pytest
 import torch
 from fastprompt_kernels import selected_patches, topk_similarity
 
+from tests.kernels.support import DEVICE
+
 PATCHES, PROMPTS = torch.ones(2, 6, 8), torch.ones(3, 4, 8)
 
 
@@ -42,7 +44,7 @@ def test_unknown_names():
 
 
 def test_more_than_the_kernels_select_is_refused_by_triton_only():
-    patches, prompts = torch.ones(1, 66, 8), torch.ones(1, 1, 8)
+    patches, prompts = torch.ones(1, 66, 8, device=DEVICE), torch.ones(1, 1, 8, device=DEVICE)
     with pytest.raises(ValueError, match="hold at most 64, not 65"):
         topk_similarity(patches, prompts, 65, impl="triton")
     assert topk_similarity(patches, prompts, 65).item() == 8

@@ -9,10 +9,9 @@ from fastprompt_kernels.topk_similarity import op
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.support import run
+from tests.kernels.support import DEVICE, on_device, run
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMPLEMENTATIONS = ["reference", "dense", "blocked", "triton"]
+IMPLEMENTATIONS = on_device("reference", "dense", "blocked", "triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 each_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 # The same examples in every run; shrinking is left out because one example takes seconds in Triton's interpreter.
@@ -76,7 +75,7 @@ def check(inputs: Inputs, impl: str) -> None:
 
 @given(inputs=inputs_strategy())
 @settings(repeatable, max_examples=60)
-@pytest.mark.parametrize("impl", ["reference", "dense", "blocked"])
+@pytest.mark.parametrize("impl", on_device("reference", "dense", "blocked"))
 def test_error_rule(impl, inputs):
     check(inputs, impl)
 
@@ -206,7 +205,7 @@ def test_permuting_classes_permutes_the_result(impl):
     torch.testing.assert_close(permuted, values[:, :, order])
 
 
-@pytest.mark.parametrize("impl", ["dense", "blocked", "triton"])
+@pytest.mark.parametrize("impl", on_device("dense", "blocked", "triton"))
 @pytest.mark.parametrize(("shape", "k"), [((4, 50, 2, 20, 64), [[3], [20]]), ((4, 33, 1, 7, 512), [[1]])])
 def test_results_are_the_same_bits_in_every_run_and_in_every_batch(impl, shape, k):
     inputs = draw_inputs(shape, k, torch.float32, device=DEVICE)
@@ -241,7 +240,7 @@ def test_selected_patches_are_those_that_receive_gradient(k):
             assert torch.equal(selected[:, n, c], (patches.grad != 0).any(-1))
 
 
-@pytest.mark.parametrize("impl", ["dense", "blocked", "triton"])
+@pytest.mark.parametrize("impl", on_device("dense", "blocked", "triton"))
 def test_without_gradients_no_selection_is_kept(impl):
     inputs = draw_inputs((2, 9, 1, 3, 8), [[4]], torch.float32, device=DEVICE)
     kept = torch.ops.fastprompt.topk_similarity(inputs.patches, inputs.prompts, [4], True, impl)
@@ -259,7 +258,7 @@ def test_offsets_beyond_2_to_31():
     assert all(map(torch.equal, run(near, "triton"), run(Inputs(far, near.prompts, near.k, near.grad), "triton")))
 
 
-@pytest.mark.parametrize("impl", ["dense", "blocked", "triton"])
+@pytest.mark.parametrize("impl", on_device("dense", "blocked", "triton"))
 def test_only_requested_gradients_are_made(impl):
     inputs = draw_inputs((2, 9, 1, 3, 8), [[4]], torch.float32, device=DEVICE)
     grads = torch.ops.fastprompt.topk_similarity_grad

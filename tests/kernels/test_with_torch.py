@@ -17,8 +17,9 @@ from fastprompt_kernels import (
 )
 from fastprompt_kernels.testing import draw_inputs
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMPLEMENTATIONS = ["reference", "dense", "blocked", "triton"]
+from tests.kernels.support import DEVICE, on_device
+
+IMPLEMENTATIONS = on_device("reference", "dense", "blocked", "triton")
 each_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 
 
@@ -32,10 +33,9 @@ def make_inputs(B=2, requires_grad=True):
     return inputs.patches.requires_grad_(requires_grad), inputs.prompts.requires_grad_(requires_grad), inputs.grad
 
 
-@pytest.mark.parametrize(
-    ("impl", "dtype"), [("dense", torch.float32), ("blocked", torch.float32), ("triton", torch.bfloat16)]
-)
-def test_opcheck(impl, dtype):
+@pytest.mark.parametrize("impl", on_device("dense", "blocked", "triton"))
+def test_opcheck(impl):
+    dtype = torch.bfloat16 if impl == "triton" else torch.float32
     patches, prompts, grad = make_inputs()
     patches, prompts = (tensor.detach().to(dtype) for tensor in (patches, prompts))
     k = [2, 3, 1, 9]
