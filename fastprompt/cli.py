@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass
@@ -14,7 +13,7 @@ from typing import Annotated, Any, Union
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
-from fastprompt.errors import InputError
+from fastprompt.console import drop_output, escape_output, explained, parsed, quiet_others
 from fastprompt.exchange.config import ExportConfig, ImportConfig, WordsConfig
 from fastprompt.experiment.config import (
     EvaluateConfig,
@@ -220,32 +219,43 @@ def _recipes(action: ListRecipes | ShowRecipe | CopyRecipe) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     logging.getLogger("fastprompt.backbone.memory").setLevel(logging.INFO)  # what a training step will take
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments == ["--version"]:
         print(f"fastprompt {__version__}")
         return 0
+    escape_output()
     try:
-        arguments = _with_method(arguments)
-        command: Any = tyro.cli(
-            Union[Annotated[_train(arguments), subcommand("train")], OTHER_COMMANDS],  # noqa: UP007
+        with quiet_others():
+            run(_command(arguments))
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
+        drop_output()
+    except KeyboardInterrupt as interrupted:  # of training, it says where the work stands
+        print(f"fastprompt: {str(interrupted) or 'interrupted'}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if (line := explained(error)) is None:
+            raise
+        drop_output()
+        print(line, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _command(arguments: Sequence[str]) -> Any:
+    """The command that the arguments stand for."""
+    arguments = _with_method(arguments)
+    commands = Union[Annotated[_train(arguments), subcommand("train")], OTHER_COMMANDS]  # noqa: UP007
+    return parsed(
+        lambda: tyro.cli(
+            commands,
             prog="fastprompt",
             description=DESCRIPTION,
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
         )
-        run(command)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (InputError, OSError) as error:
-        print(f"fastprompt: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupted:  # of training, it says where the work stands
-        print(f"fastprompt: {str(interrupted) or 'interrupted'}", file=sys.stderr)
-        return 130
-    return 0
+    )
 
 
 if __name__ == "__main__":

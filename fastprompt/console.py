@@ -1,0 +1,99 @@
+"""What the command line says when something is wrong: one sentence, as the last and only line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from fastprompt.errors import InputError, sentence
+
+PREFIX = "fastprompt: error: "
+T = TypeVar("T")
+
+
+def explained(error: Exception) -> str | None:
+    """The line that stands for an error that is no fault of the program; None where it is one."""
+    if isinstance(error, InputError | OSError):
+        return PREFIX + sentence(error)
+    # torch raises its own error on a GPU, and a RuntimeError on a CPU
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate" in str(error)):
+        return PREFIX + "not enough memory: " + sentence(error, 200)
+    return None
+
+
+def parsed(parse: Callable[[], T]) -> T:
+    """What tyro reads from the command line; the box that it draws around an error becomes one sentence.
+
+    Raises:
+        InputError: the arguments are not those of a command.
+    """
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            return parse()
+    except SystemExit as ended:
+        if ended.code in (None, 0):
+            raise
+        box = re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue())  # without colours
+        rows = [row.strip(" │╭╮╰╯─") for row in box.splitlines()[1:]]  # without the title
+        sections = " ".join(row if row.strip("-") else "\n" for row in rows).split("\n")
+        said = [section.strip() for section in sections if section.strip()]
+        raise InputError("; ".join(dict.fromkeys((said[0], said[-1])))) from None  # what is wrong, where help is
+
+
+@contextlib.contextmanager
+def quiet_others() -> Iterator[None]:
+    """Show our own messages at once, and what other packages warn of at the end.
+
+    If the input is at fault, they are not shown: of two messages a reader should see the one that says what to do.
+    """
+    root, handler = logging.getLogger(), _Handler()
+    root.addHandler(handler)
+    logging.captureWarnings(True)
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) and explained(error):
+            handler.held.clear()
+        raise
+    finally:
+        logging.captureWarnings(False)
+        root.removeHandler(handler)
+        for message in handler.held:
+            print(message, file=sys.stderr)
+
+
+class _Handler(logging.Handler):
+    """Prints records of fastprompt, and keeps those of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        self.held: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name.split(".")[0] == "fastprompt":
+            print(self.format(record), file=sys.stderr)
+        else:
+            self.held.append(self.format(record))
+
+
+def escape_output() -> None:
+    """Let output show as an escape what its encoding lacks, such as a class name in a terminal that is not UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def drop_output() -> None:
+    """Drop what standard output cannot take, which Python would try to write again when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
