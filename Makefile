@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test torture bench lint format clean
 
 help:
 	@echo "make demo    train zero-shot, CoOp and GalLoP on the built-in scenes; writes runs/demo/report.html"
 	@echo "make test    run the test suite"
+	@echo "make torture run the tests that take minutes: many malformed inputs, many kills"
 	@echo "make bench   measure ours beside its peers; appends to benchmarks/results/"
 	@echo "make lint    check style; 'make format' repairs what can be repaired"
 
@@ -22,6 +23,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+torture: $(VENV)/installed
+	$(BIN)/python -m pytest -m torture
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks topk_similarity
