@@ -16,6 +16,7 @@ ROOMS = [
     "files",
     "documents",
     "version",
+    "progress",
     "backbone",
     "layers",
     "learners",
@@ -28,7 +29,7 @@ ROOMS = [
 ]
 # Other code's checkpoints are pickles: they are read here alone, by torch's reader that executes nothing.
 CHECKPOINTS = ROOT / "fastprompt" / "exchange" / "checkpoint.py"
-DATA_MAY_IMPORT = {"data", "documents", "errors", "files", "version"}
+DATA_MAY_IMPORT = {"data", "documents", "errors", "files", "progress", "version"}
 LIBRARY_FILES = sorted([*ROOT.glob("fastprompt/**/*.py"), *ROOT.glob("kernels/**/*.py")])
 
 

@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from fastprompt.data.reading import default_workers
 from fastprompt.errors import InputError
+from fastprompt.progress import progress_bar, say_line
 
 SHARD_ROWS = 256
 """Images in a full shard: at most this many (and one batch) are encoded again after a kill."""
@@ -108,6 +108,7 @@ class FeatureCache:
         batch_size: int = 32,
         workers: int | None = None,
         progress: bool = True,
+        what: str = "images",
     ) -> CachedFeatures:
         """Return the features of images, encoding those that the cache lacks; equal files are encoded once.
 
@@ -120,6 +121,7 @@ class FeatureCache:
             batch_size: Images a call of ``encode``.
             workers: Threads that hash files; None for one a core, at most 8.
             progress: Whether to show bars.
+            what: What the images are, for the bar: "test images", for instance.
 
         Raises:
             InputError: If an image cannot be read, or a shard is damaged.
@@ -133,17 +135,21 @@ class FeatureCache:
         missing = {digest: path for digest, path in zip(digests, paths, strict=True) if digest not in self._places}
         _log.info("%s: %d images, %d of them to encode", self.folder, len(set(digests)), len(missing))
         if missing:
-            self._encode(missing, _batches(list(missing.values()), read, batch_size), encode, progress)
+            batches = _batches(list(missing.values()), read, batch_size)
+            self._encode(missing, batches, encode, progress, what)
             self._read_new_shards()
         places = torch.tensor([self._places[digest] for digest in digests])  # (n, 2)
         return CachedFeatures(tuple(self._shards), *places.unbind(1))
 
-    def _encode(self, missing: dict[str, Path], batches: Iterator[Images], encode: Encode, progress: bool) -> None:
+    def _encode(
+        self, missing: dict[str, Path], batches: Iterator[Images], encode: Encode, progress: bool, what: str
+    ) -> None:
         shard = _ShardWriter(self.folder)
         digests = list(missing)
         done = 0
         try:
-            with tqdm(total=len(digests), desc="encoding images", unit="image", disable=not progress) as bar:
+            with progress_bar(what=f"encoding {what}", shown=progress, total=len(digests), unit="image") as bar:
+                say_line(f"encoding {len(digests)} {what}", bar, shown=progress)
                 for images in batches:
                     shard.add(digests[done : done + len(images)], encode(images))
                     done += len(images)
@@ -217,8 +223,9 @@ def hash_files(paths: Sequence[Path], *, workers: int | None = None, progress: b
     with ThreadPoolExecutor(workers or default_workers()) as pool:
         digests = pool.map(_hash_file, paths)
         # A bar only where there is something to wait for.
-        bar = tqdm(digests, total=len(paths), desc="hashing images", unit="image", delay=2, disable=not progress)
-        return list(bar)
+        return list(
+            progress_bar(digests, what="hashing images", shown=progress, total=len(paths), unit="image", delay=2)
+        )
 
 
 def _hash_file(path: Path) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter
-from tqdm import tqdm
 
 from fastprompt.demo.objects import (
     CLUTTER,
@@ -27,6 +26,7 @@ from fastprompt.demo.objects import (
     draw_clutter,
     draw_object,
 )
+from fastprompt.progress import progress_bar, say_line
 
 IMAGE_SIZE = 128  # pixels, square
 DATASET_SEED = 407_000  # first number of every generator behind the data set; pretraining has another
@@ -138,7 +138,9 @@ def write_dataset(
         (f"domains/{domain}/{spec.name}", spec, domain, domain_test) for domain in DOMAINS for spec in DEMO_CLASSES
     ]
     jobs += [("ood/unknown", None, "photo", ood)]
-    with tqdm(total=sum(job[3] for job in jobs), desc="rendering scenes", unit="picture") as progress:
+    total = sum(job[3] for job in jobs)
+    with progress_bar(what="rendering scenes", shown=True, total=total, unit="picture") as progress:
+        say_line(f"rendering {total} scenes", progress, shown=True)
         for number, (folder, spec, style, count) in enumerate(jobs):
             (root / folder).mkdir(parents=True, exist_ok=True)
             for i in range(count):

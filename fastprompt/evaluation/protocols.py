@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastprompt.errors import InputError
 from fastprompt.evaluation import metrics
 from fastprompt.evaluation.summary import Summary
+from fastprompt.progress import progress_bar
 
 if TYPE_CHECKING:
     from fastprompt.backbone import ImageFeatures
@@ -229,5 +229,5 @@ def _batches(
         raise InputError("source must hold at least one image, got an empty one.")
     device = next(learner.backbone.parameters()).device
     indices = torch.arange(len(source)).split(batch_size)
-    for batch in tqdm(indices, desc=title, unit="batch", leave=False, disable=title is None):
+    for batch in progress_bar(indices, what=title or "", shown=title is not None, unit="batch", leave=False):
         yield source.batch(batch).to(device)

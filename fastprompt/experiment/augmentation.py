@@ -50,7 +50,7 @@ def training_source(
     if config.views < 0 or (config.views and not config.augment):
         raise InputError(f"views: expected at least 0, and 0 without --augment, got {config.views}")
     if not config.augment:
-        return feature_source(images, backbone, config, progress=progress)
+        return feature_source(images, backbone, config, progress=progress, what="training images")
     read = KeptImages(images.paths, backbone.device, config.image_memory)
     if config.views:
         return _view_source(images, read, backbone, config, progress)
@@ -145,9 +145,10 @@ def _view_source(
             read,
             batch_size=config.image_batch,
             progress=progress,
+            what=f"training images, view {view + 1} of {config.views}",
         )
         views.append(features)
-    plain = partial(feature_source, images, backbone, config, progress=progress)
+    plain = partial(feature_source, images, backbone, config, progress=progress, what="training images")
     return ViewSource(views, images.labels, plain)
 
 

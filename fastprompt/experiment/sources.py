@@ -58,18 +58,21 @@ def plain_reader(backbone: Backbone) -> ReadImages:
 def feature_source(
     images: LabelledImages,
     backbone: Backbone,
-    config: FeatureConfig,
+    config: FeatureConfig | None = None,
     *,
     progress: bool = True,
+    what: str = "images",
 ) -> FeatureSource:
     """Features of images: from the disk cache, which is filled first, or computed batch by batch.
 
     Args:
         images: what to encode.
         backbone: encodes them.
-        config: whether and where features are kept.
+        config: whether and where features are kept; in the default cache by default.
         progress: whether to show bars.
+        what: what the images are, for the bar: "test images", for instance.
     """
+    config = config or FeatureConfig()
     if not config.cache:
         read = plain_reader(backbone)
         return ImageSource(images.paths, images.labels, read=read, backbone=backbone, at_once=config.image_batch)
@@ -77,7 +80,8 @@ def feature_source(
     read = partial(read_batch, transform=transform)
     key = f"{backbone.fingerprint} {backbone.dtype} {transform.description}"
     cache = FeatureCache(config.cache_dir or default_cache_dir(), key)
-    rows = cache.load(images.paths, encoder(backbone), read, batch_size=config.image_batch, progress=progress)
+    options = {"batch_size": config.image_batch, "progress": progress, "what": what}
+    rows = cache.load(images.paths, encoder(backbone), read, **options)
     return CachedSource(rows, images.labels)
 
 

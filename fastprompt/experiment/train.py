@@ -117,7 +117,7 @@ def _tests(
     parts = ("all",) if config.classes == "all" else ("base", "new")
     images = {part: select_classes(dataset.test, part) for part in parts}
     return {
-        part: (feature_source(some, backbone, config, progress=progress), some.class_names)
+        part: (feature_source(some, backbone, config, progress=progress, what="test images"), some.class_names)
         for part, some in images.items()
     }
 

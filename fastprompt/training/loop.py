@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from fastprompt.backbone.features import queue_copy
 from fastprompt.errors import InputError
 from fastprompt.learners.stored import restore_learned
+from fastprompt.progress import progress_bar, say_line
 from fastprompt.training.interrupt import Interrupted, InterruptFlag
 from fastprompt.training.metrics import EpochMetrics, TrainingResult, peak_memory, reset_peak_memory
 from fastprompt.training.run_folder import MODEL, STATE, RunFolder, epoch_metrics
@@ -54,7 +55,7 @@ def fit(
         run: Where state and metrics are kept. An unfinished run is resumed; of a complete one the learned tensors are
             loaded and nothing is trained. When training is done, call `run.save_model`.
         on_epoch: Called after every epoch, for instance to evaluate.
-        progress: Whether to show a progress bar on standard error.
+        progress: Whether to show a bar on standard error, or a line an epoch where that is no terminal.
 
     Raises:
         InputError: There is nothing to train or to train on, a label is out of range, the run's state does not fit, or
@@ -76,6 +77,7 @@ def fit(
         while training.epoch < settings.epochs:
             training.train_epoch(interrupt, bar)
             training.finish_epoch(on_epoch)
+            say_line(training.last_epoch(), bar, shown=progress)
             if interrupt.requested:
                 raise training.interrupted()
     learner.eval()
@@ -208,9 +210,14 @@ class _Training:
 
     def bar(self, progress: bool) -> tqdm:
         done = self.epoch * self.steps + self.step
-        return tqdm(
-            total=self.settings.epochs * self.steps, initial=done, disable=not progress, desc="training", unit="step"
-        )
+        total = self.settings.epochs * self.steps
+        return progress_bar(what="training", shown=progress, total=total, initial=done, unit="step")
+
+    def last_epoch(self) -> str:
+        """The metrics of the epoch before in one line."""
+        last = self.history[-1]
+        shown = f"loss {last.loss:.4f}, accuracy {last.accuracy:.4f}, lr {last.lr:.3g}, {last.seconds:.1f} s"
+        return f"epoch {last.epoch} of {self.settings.epochs}: {shown}"
 
     def interrupted(self) -> Interrupted:
         # Between two epochs the last step is that of the epoch before.

@@ -44,7 +44,12 @@ def test_train_writes_a_run_and_a_table_beside_zero_shot(trained, photos, tmp_pa
         assert "dark blue" in model.metadata()["fastprompt"]
     assert "zero-shot" in trained.out
     assert "gallop" in trained.out
-    assert "encoding images" in trained.err
+    said = trained.err.splitlines()
+    assert said.index("encoding 16 test images") < said.index("encoding 16 training images")
+    assert "\r" not in trained.err, "no bars in a file"
+    assert [line.split(":")[0] for line in said if line.startswith("epoch")] == ["epoch 1 of 2", "epoch 2 of 2"]
+    loss, lr = metrics("run")[0]["loss"], metrics("run")[0]["lr"]
+    assert f"epoch 1 of 2: loss {loss:.4f}, " in trained.err and f"lr {lr:.3g}, " in trained.err
 
 
 def test_a_finished_run_is_read_again_and_another_one_refused(trained, photos, common, capsys, tmp_path):
@@ -64,9 +69,9 @@ def test_training_learns_and_the_second_run_takes_features_from_the_cache(photos
     assert main(["train", "coop", str(photos), *common, *more, "--out", "first"]) == 0
     lines = metrics("first")
     assert lines[29]["loss"] < 0.8 * lines[0]["loss"]
-    assert "encoding images" in capsys.readouterr().err
+    assert "encoding 16 training images" in capsys.readouterr().err
     assert main(["train", "coop", str(photos), *common, *more, "--out", "second"]) == 0
-    assert "encoding images" not in capsys.readouterr().err
+    assert "encoding" not in capsys.readouterr().err
     assert Path("second/model.safetensors").read_bytes() == Path("first/model.safetensors").read_bytes()
 
 
@@ -79,9 +84,11 @@ def test_augmented_and_uncached_training_run_on_images(photos, common, tmp_path)
 def test_views_are_encoded_once_and_end_alike(photos, common, capsys):
     flags = ["--augment", "--views", "2"]
     assert main(["train", "coop", str(photos), *common, *flags, "--out", "first"]) == 0
-    assert capsys.readouterr().err.count("encoding images") >= 3  # two views, and the test images
+    said = capsys.readouterr().err
+    for what in ("16 training images, view 1 of 2", "16 training images, view 2 of 2", "16 test images"):
+        assert f"encoding {what}\n" in said
     assert main(["train", "coop", str(photos), *common, *flags, "--out", "second"]) == 0
-    assert "encoding images" not in capsys.readouterr().err
+    assert "encoding" not in capsys.readouterr().err
     assert Path("second/model.safetensors").read_bytes() == Path("first/model.safetensors").read_bytes()
     assert main(["train", "coop", str(photos), *common, "--views", "2", "--out", "third"]) == 2
     assert "views: expected at least 0, and 0 without --augment, got 2" in capsys.readouterr().err

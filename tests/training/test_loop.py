@@ -57,9 +57,10 @@ def test_steps_are_sgd_with_momentum_weight_decay_and_the_schedule(toy):
     assert [epoch.lr for epoch in result.epochs] == pytest.approx(rates)
 
 
-def test_progress_bar_counts_all_steps_and_can_be_silent(toy, capsys):
+def test_progress_bar_counts_all_steps_and_can_be_silent(toy, capsys, monkeypatch):
     toy.fit(toy.learner(), toy.source(), toy.settings())
     assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     fit(toy.learner(), toy.source(), toy.settings(), progress=True)
     bar = capsys.readouterr().err
     assert "20/20" in bar and "epoch=4" in bar
