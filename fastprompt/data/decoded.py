@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastprompt.data.levels import stored_size
 from fastprompt.data.reading import default_workers, load_image, opened
 
 
@@ -77,4 +78,4 @@ def decoded_bytes(paths: Sequence[Path], *, workers: int | None = None) -> int:
 def image_size(path: Path) -> tuple[int, int]:
     """Height and width of an image, from its header."""
     with opened(path) as image:
-        return image.height, image.width
+        return stored_size(image)

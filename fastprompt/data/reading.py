@@ -4,16 +4,32 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from fastprompt.data.levels import as_rgb
 from fastprompt.data.transforms import ImageTransform
 from fastprompt.errors import InputError
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# Pillow knows more, and starts Ghostscript for one of them, whatever the file is called.
+IMAGE_FORMATS = {
+    "JPEG": (".jfif", ".jpe", ".jpeg", ".jpg"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "PPM": (".pbm", ".pgm", ".pnm", ".ppm"),
+    "TIFF": (".tif", ".tiff"),
+}
+"""Formats that are read, by Pillow's names, told by the content of a file; and the endings that count as images."""
+if find_spec("PIL._avif") is not None:
+    IMAGE_FORMATS["AVIF"] = (".avif",)
+
+IMAGE_SUFFIXES = tuple(sorted(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes))
 """What counts as an image file in a folder, in lower case; other files are left alone."""
 
 # What Pillow raises for files that are absent, not images, cut short or damaged inside.
@@ -47,25 +63,37 @@ def find_images(folder: Path, *, recursive: bool = False) -> tuple[Path, ...]:
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """Read an image as RGB. As in CLIP's own pipeline, an EXIF orientation is not applied.
+    """Read an image as RGB: of levels deeper than 8 bits the high byte.
+
+    As in CLIP's own pipeline, an EXIF orientation is not applied, in no format.
 
     Raises:
-        InputError: If the file is absent or cannot be decoded; the sentence names it.
+        InputError: If the file is absent, of none of ``IMAGE_FORMATS``, damaged, has more than twice
+            ``PIL.Image.MAX_IMAGE_PIXELS`` pixels, or levels of unknown range; the sentence names it.
     """
     with opened(path) as image:
-        return image.convert("RGB")
+        return as_rgb(image)
 
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[Image.Image]:
     """An image file whose header is read; what Pillow raises here or in the block becomes one sentence."""
+    path = Path(path)
     try:
-        with Image.open(path) as image:
+        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+            raise InputError(f"image {path}: expected a file, got a folder, pipe or device")
+        with Image.open(path, formats=tuple(IMAGE_FORMATS)) as image:
             yield image
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"image {path}: no such file") from error
+    except UnidentifiedImageError as error:
+        formats = ", ".join(sorted(IMAGE_FORMATS))
+        raise InputError(f"image {path}: cannot be read as an image (it is none of {formats})") from error
     except _DECODE_ERRORS as error:
-        raise InputError(f"image {path}: cannot be read as an image ({error})") from error
+        reason = getattr(error, "strerror", None) or error  # without the path, which some repeat
+        raise InputError(f"image {path}: cannot be read as an image ({reason})") from error
 
 
 def read_batch(paths: Sequence[Path], transform: ImageTransform, *, workers: int | None = None) -> Tensor:

@@ -1,5 +1,6 @@
 """From a PIL picture to the (3, S, S) tensor that an image tower reads."""
 
+import math
 from dataclasses import dataclass
 
 from PIL import Image
@@ -11,6 +12,7 @@ from fastprompt.errors import InputError
 
 _INTERPOLATIONS = ("bicubic", "bilinear")
 _RESIZE_MODES = ("shortest", "squash")
+MOST_RESIZED_PIXELS = 2**24  # of a picture before it is cropped: 64 MiB
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,9 @@ class ImageTransform:
 
     @property
     def description(self) -> str:
-        """One line that is equal for equal transforms only; part of cache keys."""
+        """One line that is equal for equal transforms only; part of cache keys, like how levels are read."""
         numbers = f"size={self.size} interpolation={self.interpolation} mean={self.mean} std={self.std}"
-        return f"resize-{self.resize_mode}+centre-crop {numbers}"
+        return f"high-byte+resize-{self.resize_mode}+centre-crop {numbers}"
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Transform one picture.
@@ -69,7 +71,34 @@ class ImageTransform:
         return tv.normalize(pixels, list(self.mean), list(self.std))
 
     def visible(self, image: Image.Image) -> Image.Image:
-        """Return the square that the image tower sees, ``size`` pixels wide."""
-        size = [self.size] if self.resize_mode == "shortest" else [self.size, self.size]
-        image = tv.resize(image, size, InterpolationMode(self.interpolation), antialias=True)
-        return tv.center_crop(image, [self.size, self.size])
+        """Return the square that the image tower sees, ``size`` pixels wide.
+
+        It is cut out of the resized picture. Where that would have more than 2**24 pixels (at 224 pixels, a picture 335
+        times as long as wide), only the middle is resized: of noise, one value in 15,000 is another one then, by at
+        most two levels.
+        """
+        if self.resize_mode == "squash":
+            return self._resize(image, [self.size, self.size])
+        short, long = sorted(image.size)
+        if self.size * (self.size * long // short) > MOST_RESIZED_PIXELS:
+            return self._resized_middle(image)
+        return tv.center_crop(self._resize(image, [self.size]), [self.size, self.size])
+
+    def _resize(self, image: Image.Image, size: list[int]) -> Image.Image:
+        return tv.resize(image, size, InterpolationMode(self.interpolation), antialias=True)
+
+    def _resized_middle(self, image: Image.Image) -> Image.Image:
+        """The centre crop of the resized picture, from the part of it alone that the crop depends on."""
+        short, long = sorted(image.size)
+        resized = self.size * long // short
+        scale = long / resized
+        start = round((resized - self.size) / 2) * scale
+        stop = start + self.size * scale
+        reach = math.ceil(2 * max(scale, 1)) + 1  # of the cubic filter
+        first, last = max(int(start) - reach, 0), min(math.ceil(stop) + reach, long)
+        if image.width == long:
+            near, box = (first, 0, last, short), (start - first, 0, stop - first, short)
+        else:
+            near, box = (0, first, short, last), (0, start - first, short, stop - first)
+        mode = Image.Resampling[self.interpolation.upper()]
+        return image.crop(near).resize((self.size, self.size), mode, box)

@@ -25,11 +25,10 @@ def draw_selected_patches(
     """Draw what each local prompt selected: the plain image, then one panel a prompt.
 
     Selected patches keep their brightness, are tinted and outlined in the prompt's colour; the rest is grey and dark.
-    The model sees the central square of an image (the transform resizes the shorter side and crops the centre), so
-    that square is what is drawn.
 
     Args:
-        image: the picture, of any size.
+        image: the square that the model sees, of any size: of a picture that is not square, what
+            `ImageTransform.visible` makes of it, since some towers crop it and others squash it.
         selected: (N, P) array or tensor on the CPU; bool, or weights that are 0 where a patch was not selected.
             Weights are taken relative to the largest of their prompt; smaller ones are fainter.
         grid: rows and columns of patches, P = rows * columns.
@@ -40,10 +39,13 @@ def draw_selected_patches(
         A figure with a transparent background; `figure.savefig(path, dpi=160)` writes it.
 
     Raises:
-        InputError: shapes do not fit together, or a weight is negative or not a number.
+        InputError: the image is not square, shapes do not fit together, or a weight is negative or not a number.
     """
     weights = _weights(selected, grid, titles)
-    pixels = np.asarray(_central_square(image.convert("RGB")), dtype=np.float32) / 255
+    if image.width != image.height:
+        raise InputError(f"image must be the square that the model sees, got {image.width} x {image.height} pixels.")
+    enlarged = image.convert("RGB").resize((PANEL_PIXELS, PANEL_PIXELS), Image.Resampling.LANCZOS)
+    pixels = np.asarray(enlarged, dtype=np.float32) / 255
     figure = _figure_of_panels(len(weights) + 1)
     first, *others = figure.axes
     _draw_panel(first, pixels, grid, image_title)
@@ -78,13 +80,6 @@ def _figure_of_panels(count: int) -> Figure:
         left = GAP_INCHES + index * (PANEL_INCHES + GAP_INCHES)
         figure.add_axes((left / width, GAP_INCHES / height, PANEL_INCHES / width, PANEL_INCHES / height))
     return figure
-
-
-def _central_square(image: Image.Image) -> Image.Image:
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
-    return square.resize((PANEL_PIXELS, PANEL_PIXELS), Image.Resampling.LANCZOS)
 
 
 def _highlighted(pixels: NDArray[np.float32], weight: NDArray[np.float32], color: str) -> NDArray[np.float32]:

@@ -1,13 +1,36 @@
+import os
+import resource
+from contextlib import contextmanager
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fastprompt.data import ImageTransform, find_images, load_image, read_batch
+from fastprompt.data import ImageTransform, decoded_bytes, find_images, load_image, read_batch
+from fastprompt.data.reading import IMAGE_FORMATS, IMAGE_SUFFIXES
 from fastprompt.errors import InputError
-from tests.data.images_on_disk import write_image
+from tests.data.images_on_disk import write_image, write_png
 
 HALF = (0.5, 0.5, 0.5)
+
+
+@pytest.fixture
+def memory_limit():
+    """Return a context in which this process may take so many more bytes of addresses."""
+
+    @contextmanager
+    def limited(more):
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (taken + more, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+
+    return limited
 
 
 @pytest.fixture
@@ -15,17 +38,57 @@ def paths(tmp_path):
     return [write_image(tmp_path / f"{i}.png", seed=i, size=(20 + i, 16)) for i in range(5)]
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])
-def test_images_of_any_mode_become_rgb(tmp_path, mode):
-    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
-    Image.new("I;16" if mode == "I;16" else mode, (4, 3)).save(path)
-    image = load_image(str(path))
-    assert (image.mode, image.size) == ("RGB", (4, 3))
-
-
 def test_missing_image(tmp_path):
     with pytest.raises(InputError, match=r"^image .*none.png: no such file$"):
         load_image(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("work", [load_image, lambda path: decoded_bytes([path])])
+def test_only_files_are_read(tmp_path, work):
+    """Of a pipe without a writer, one would wait for ever."""
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    for path in (tmp_path / "pipe.jpg", tmp_path / "folder.jpg", "/dev/zero"):
+        with pytest.raises(InputError, match=rf"^image {path}: expected a file, got a folder, pipe or device$"):
+            work(path)
+    assert find_images(tmp_path) == ()
+    for path in ("a\0.png", tmp_path / ("x" * 300)):
+        with pytest.raises(
+            InputError, match=r"^image .*: cannot be read as an image \((embedded null|File name)[^/]*\)$"
+        ):
+            work(path)
+
+
+def test_only_the_listed_formats_are_opened_whatever_a_file_is_called(tmp_path):
+    """Pillow would hand PostScript to Ghostscript."""
+    (tmp_path / "cat.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    write_image(tmp_path / "cat.ico")
+    for name in ("cat.jpg", "cat.ico"):
+        with pytest.raises(InputError, match=f"{name}: cannot be read as an image .it is none of .*GIF, JPEG, PNG"):
+            load_image(tmp_path / name)
+    other = write_image(tmp_path / "cat.png").rename(tmp_path / "png.jpg")
+    assert load_image(other).size == (12, 10)  # told by its content
+
+
+@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
+def test_every_listed_ending_is_found_and_read(tmp_path, suffix):
+    if suffix == ".jfif" or suffix == ".jpe":
+        path = write_image(tmp_path / "cat.jpg").rename(tmp_path / f"cat{suffix}")
+    else:
+        path = write_image(tmp_path / f"cat{suffix}")
+    assert find_images(tmp_path) == (path,)
+    assert load_image(path).size == (12, 10)
+
+
+def test_avif_is_read_where_pillow_has_it():
+    Image.init()
+    assert ("AVIF" in IMAGE_FORMATS) == ("AVIF" in Image.SAVE)
+
+
+def test_pictures_of_too_many_pixels_are_refused_by_their_headers(tmp_path):
+    path = write_png(tmp_path / "huge.png", (60_000, 60_000), 8, 2, b"")
+    with pytest.raises(InputError, match=r"huge.png: cannot be read as an image \(.*3600000000 pixels.*exceeds limit"):
+        load_image(path)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow's own remarks on damaged TIFF files
@@ -54,6 +117,16 @@ def test_find_images_takes_image_files_only(tmp_path, paths):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "folder.png").mkdir()
     assert find_images(tmp_path) == (*paths, tmp_path / "Z.JPEG")
+
+
+@pytest.mark.parametrize("size", [(1, 100_000), (60_000, 1)])
+def test_very_long_pictures_take_little_memory(tmp_path, size, memory_limit):
+    """The file has some hundred bytes, the resized picture 15 or 20 GB."""
+    path = write_png(tmp_path / "long.png", size, 8, 0, (b"\0" + b"\x40" * size[0]) * size[1])
+    assert path.stat().st_size < 1000
+    with memory_limit(2**30):
+        batch = read_batch([path], ImageTransform(224, HALF, HALF), workers=1)
+    assert batch.shape == (1, 3, 224, 224) and torch.allclose(batch, torch.tensor(2 * 0x40 / 255 - 1))
 
 
 def test_batches_keep_the_order_of_paths(paths):

@@ -3,8 +3,11 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
 
 from fastprompt.data import ImageTransform
+from fastprompt.data.transforms import MOST_RESIZED_PIXELS
 from fastprompt.errors import InputError
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
@@ -22,6 +25,36 @@ def test_equals_open_clips_evaluation_transform(width, height, interpolation):
     image = picture(width, height)
     ours = ImageTransform(32, MEAN, STD, interpolation)(image)
     torch.testing.assert_close(ours, theirs(image), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_equals_open_clips_on_many_sizes(interpolation):
+    sizes = np.random.default_rng(5).integers(1, 300, (60, 2))
+    for i, (width, height) in enumerate(sizes.tolist()):
+        theirs = open_clip.image_transform(32, is_train=False, mean=MEAN, std=STD, interpolation=interpolation)
+        image = picture(width, height, seed=i)
+        assert torch.equal(ImageTransform(32, MEAN, STD, interpolation)(image), theirs(image)), (width, height)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("width, height", [(1, 336), (1000, 2), (3, 1007), (2400, 5), (7, 4000)])
+def test_of_very_long_pictures_only_the_middle_is_resized(width, height, interpolation):
+    """Boxes of float32 in Pillow move few values across a rounding."""
+    transform = ImageTransform(224, MEAN, STD, interpolation)
+    image = picture(width, height)
+    whole = tv.resize(image, [224], InterpolationMode(interpolation), antialias=True)
+    assert whole.width * whole.height > MOST_RESIZED_PIXELS
+    expected = np.array(tv.center_crop(whole, [224, 224])).astype(int)
+    difference = np.abs(np.array(transform.visible(image)) - expected)
+    assert difference.max() <= 2
+    assert (difference > 0).mean() < 1e-3
+
+
+def test_the_middle_of_a_picture_may_be_all_of_it():
+    """The part that is read ends at the border of the picture."""
+    image = picture(60, 50)
+    actual = np.array(ImageTransform(32, MEAN, STD)._resized_middle(image)).astype(int)
+    assert np.abs(actual - np.array(ImageTransform(32, MEAN, STD).visible(image))).max() <= 2
 
 
 def test_squashing_equals_open_clips():

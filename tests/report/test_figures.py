@@ -4,6 +4,7 @@ import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 
+from fastprompt.data import ImageTransform
 from fastprompt.errors import InputError
 from fastprompt.report import TrainingCurve, draw_selected_patches, draw_training_curves
 from fastprompt.report.heatmap import DIMMED, TINT
@@ -38,11 +39,11 @@ def tinted(pixel, prompt):
     return (1 - TINT) * np.array(pixel) + TINT * np.array(to_rgb(PALETTE[prompt]))
 
 
-@pytest.mark.parametrize("size", [(128, 128), (500, 375), (375, 500)])
+@pytest.mark.parametrize("side", [32, 128, 600])
 @pytest.mark.parametrize("grid", [(7, 7), (4, 6)])
-def test_only_selected_patches_are_tinted_and_the_rest_is_dark(size, grid):
+def test_only_selected_patches_are_tinted_and_the_rest_is_dark(side, grid):
     patches = ([0, 5], [7, 8, 9, 20])
-    figure = draw_selected_patches(Image.new("RGB", size, GREEN), selection(grid, *patches), grid, ["a", "b"])
+    figure = draw_selected_patches(Image.new("RGB", (side, side), GREEN), selection(grid, *patches), grid, ["a", "b"])
     pixel = np.array(GREEN) / 255
     np.testing.assert_allclose(patch_colors(figure, 0, grid), np.broadcast_to(pixel, (*grid, 3)), atol=0.01)
     for prompt, indices in enumerate(patches):
@@ -51,13 +52,19 @@ def test_only_selected_patches_are_tinted_and_the_rest_is_dark(size, grid):
         np.testing.assert_allclose(patch_colors(figure, prompt + 1, grid), expected.reshape(*grid, 3), atol=0.01)
 
 
-def test_the_central_square_is_drawn():
+@pytest.mark.parametrize(("resize_mode", "left"), [("shortest", GREEN), ("squash", (255, 0, 0))])
+def test_what_the_tower_sees_is_drawn(resize_mode, left):
+    """Red, green, blue and red stripes, of which a tower that crops sees the two in the middle."""
     image = Image.new("RGB", (200, 100), "red")
     image.paste(GREEN, (50, 0, 100, 100))
     image.paste((0, 0, 255), (100, 0, 150, 100))
-    colors = patch_colors(draw_selected_patches(image, selection((2, 2)), (2, 2), []), 0, (2, 2))
-    np.testing.assert_allclose(colors[:, 0], np.broadcast_to(np.array(GREEN) / 255, (2, 3)), atol=0.01)
-    np.testing.assert_allclose(colors[:, 1], np.broadcast_to((0, 0, 1), (2, 3)), atol=0.01)
+    seen = ImageTransform(64, (0.5,) * 3, (0.5,) * 3, resize_mode=resize_mode).visible(image)
+    columns = 2 if resize_mode == "shortest" else 4
+    colors = patch_colors(draw_selected_patches(seen, selection((2, columns)), (2, columns), []), 0, (2, columns))
+    stripes = [left, (0, 0, 255)] if columns == 2 else [left, GREEN, (0, 0, 255), left]
+    np.testing.assert_allclose(colors, np.broadcast_to(np.array(stripes) / 255, (2, columns, 3)), atol=0.01)
+    with pytest.raises(InputError, match="image must be the square that the model sees, got 200 x 100 pixels"):
+        draw_selected_patches(image, selection((2, 2)), (2, 2), [])
 
 
 def test_weights_are_relative_to_the_largest_of_their_prompt():
