@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass
@@ -13,10 +14,11 @@ from typing import Annotated, Any, Union
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
-from fastprompt.console import drop_output, escape_output, explained, parsed, quiet_others
+from fastprompt.console import drop_output, escape_output, explained, parsed, quiet_others, terminable
 from fastprompt.exchange.config import ExportConfig, ImportConfig, WordsConfig
 from fastprompt.experiment.config import (
     EvaluateConfig,
+    ExperimentConfig,
     ExplainConfig,
     PredictConfig,
 )
@@ -37,7 +39,7 @@ Which version this is: fastprompt --version"""
 class Train:
     """Train a learner on a few labelled images, test it beside zero-shot CLIP, and write a run folder."""
 
-    config: Any  # the settings in groups, see ``option_groups``
+    config: ExperimentConfig  # in its place stand the settings in groups where `train` is asked for, see `_train`
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,8 @@ def run(
             config = options.flat()
             print(resolved_recipe(config))
             trained = train_run(config)
+            if trained.found:
+                print(f"\n{trained.run.path} is complete: nothing was trained")
             print(f"\n{trained.table.to_text()}\n\nrun folder: {trained.run.path}")
         case EvaluateConfig():
             from fastprompt.experiment.use import evaluate_run
@@ -218,7 +222,7 @@ def _recipes(action: ListRecipes | ShowRecipe | CopyRecipe) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Entry point; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
     logging.getLogger("fastprompt.backbone.memory").setLevel(logging.INFO)  # what a training step will take
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments == ["--version"]:
@@ -226,14 +230,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     escape_output()
     try:
-        with quiet_others():
+        with terminable(), quiet_others():
             run(_command(arguments))
             sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output, such as head, has seen enough
         drop_output()
     except KeyboardInterrupt as interrupted:  # of training, it says where the work stands
         print(f"fastprompt: {str(interrupted) or 'interrupted'}", file=sys.stderr)
-        return 130
+        return 128 + getattr(interrupted, "signal", signal.SIGINT)
     except Exception as error:
         if (line := explained(error)) is None:
             raise

@@ -7,8 +7,11 @@ import io
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TypeVar
 
 from fastprompt.errors import InputError, sentence
@@ -82,6 +85,29 @@ class _Handler(logging.Handler):
             print(self.format(record), file=sys.stderr)
         else:
             self.held.append(self.format(record))
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM where nothing is to be saved first; ``signal`` is its number, as of an interrupted training."""
+
+    signal = signal.SIGTERM
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM end the work as Ctrl-C does, with a sentence; only the main thread can handle signals."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise Terminated("terminated")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, handle) or signal.SIG_DFL  # None: one that Python did not install
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def escape_output() -> None:

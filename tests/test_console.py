@@ -2,9 +2,12 @@
 
 import io
 import logging
+import os
+import signal
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -75,7 +78,7 @@ def test_others_warn_at_the_end_and_not_at_all_beside_an_error(error, doing, cap
     [
         (["trian"], "Unrecognized options: trian; For full helptext, run fastprompt --help"),
         (["recipes", "ls", "--x"], "Unrecognized options: --x; "),
-        (["predict"], "Missing from fastprompt predict: PATH Run folder that train wrote. (required); "),
+        (["predict"], "Missing from fastprompt predict: RUN Run folder that train wrote. (required); "),
         (["words", "run", "--top", "nan"], "Error parsing --top: invalid literal for int() with base 10: 'nan'; "),
     ],
 )
@@ -99,3 +102,20 @@ def test_a_full_disk_behind_standard_output_is_one_line():
     ended = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert ended.returncode == 2
     assert ended.stderr == "fastprompt: error: No space left on device\n"
+
+
+@pytest.mark.parametrize(("number", "status", "said"), [(2, 130, "interrupted"), (15, 143, "terminated")])
+def test_signals_end_a_command_with_a_sentence_and_their_status(number, status, said, doing, capsys):
+    before = [signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)]
+    doing(lambda: os.kill(os.getpid(), number))
+    assert cli.main(["doctor"]) == status
+    assert capsys.readouterr().err == f"fastprompt: {said}\n"
+    signal.signal(signal.SIGINT, before[0])
+    assert signal.getsignal(signal.SIGTERM) is before[1]
+
+
+def test_a_command_runs_outside_of_the_main_thread(doing, capsys):
+    doing(lambda: print("done"))
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(cli.main, ["doctor"]).result() == 0
+    assert capsys.readouterr().out == "done\n"

@@ -37,10 +37,12 @@ class TrainedRun:
     Attributes:
         run: its folder.
         table: zero-shot beside the method, on the test images.
+        found: whether the run was complete already, so that nothing was trained.
     """
 
     run: RunFolder
     table: Table
+    found: bool
 
 
 def train_run(config: ExperimentConfig, *, backbone: Backbone | None = None, progress: bool = True) -> TrainedRun:
@@ -63,7 +65,8 @@ def train_run(config: ExperimentConfig, *, backbone: Backbone | None = None, pro
     if isinstance(config, TrainConfig):
         train = few_shot(train, config.shots or None, config.seed, config.sampler)
     run = RunFolder.create_or_resume(config.out or default_run_folder(config, dataset), config.resolved())
-    if not run.complete or not run.metrics(EVALUATION):
+    found = run.complete and bool(run.metrics(EVALUATION))
+    if not found:
         if backbone is None:
             name, weights = config.backbone_and_weights()
             backbone = load_backbone(
@@ -90,7 +93,7 @@ def train_run(config: ExperimentConfig, *, backbone: Backbone | None = None, pro
         run.log(EVALUATION, results={row.method: _test(row, tests, progress) for row in (*peers, learner)})
     table = results_table(run, dataset.name)
     write_report(_report(config, run, table), run.path / REPORT)
-    return TrainedRun(run, table)
+    return TrainedRun(run, table, found)
 
 
 def default_run_folder(config: ExperimentConfig, dataset: Dataset) -> Path:

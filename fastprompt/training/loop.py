@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -60,7 +61,7 @@ def fit(
     Raises:
         InputError: There is nothing to train or to train on, a label is out of range, the run's state does not fit, or
             the loss or a learned tensor is not finite any more.
-        Interrupted: Ctrl-C; the state after the last step is in the run folder. A second Ctrl-C raises
+        Interrupted: Ctrl-C or SIGTERM; the state after the last step is in the run folder. A second one raises
             KeyboardInterrupt at once.
     """
     device = _check(learner, source)
@@ -79,7 +80,7 @@ def fit(
             training.finish_epoch(on_epoch)
             say_line(training.last_epoch(), bar, shown=progress)
             if interrupt.requested:
-                raise training.interrupted()
+                raise training.interrupted(interrupt.requested)
     learner.eval()
     return TrainingResult(tuple(training.history))
 
@@ -126,7 +127,7 @@ class _Training:
             self.seconds = seconds_before + time.perf_counter() - started
             if interrupt.requested:
                 self.save()
-                raise self.interrupted()
+                raise self.interrupted(interrupt.requested)
 
     def _train_step(self, indices: Tensor) -> None:
         # Prompt dropout draws from the default generator of the logits' device.
@@ -219,13 +220,14 @@ class _Training:
         shown = f"loss {last.loss:.4f}, accuracy {last.accuracy:.4f}, lr {last.lr:.3g}, {last.seconds:.1f} s"
         return f"epoch {last.epoch} of {self.settings.epochs}: {shown}"
 
-    def interrupted(self) -> Interrupted:
+    def interrupted(self, number: int) -> Interrupted:
         # Between two epochs the last step is that of the epoch before.
         between = self.step == 0 and self.epoch > 0
         epoch, step = (self.epoch, self.steps) if between else (self.epoch + 1, self.step)
         kept = f"{self.run.path} holds this state, and the same command resumes it" if self.run else "nothing was saved"
         where = f"in epoch {epoch} of {self.settings.epochs} after step {step} of {self.steps}"
-        return Interrupted(f"interrupted {where}: {kept}", epoch, step)
+        how = "terminated" if number == signal.SIGTERM else "interrupted"
+        return Interrupted(f"{how} {where}: {kept}", epoch, step, number)
 
     def _diverged(self, what: str) -> InputError:
         lr = self.settings.learning_rate(self.epoch)

@@ -57,7 +57,7 @@ def test_a_finished_run_is_read_again_and_another_one_refused(trained, photos, c
     again = ["train", "gallop", str(photos), *common, "--k", "1", "3", "--out", "run"]
     assert main(again) == 0
     second = capsys.readouterr()
-    assert second.out == trained.out
+    assert second.out == trained.out.replace("\n\nphotos", "\n\nrun is complete: nothing was trained\n\nphotos")
     assert "training" not in second.err
     assert main([*again, "--lr", "0.5"]) == 2
     assert "holds a run with lr = 0.002, but now lr = 0.5" in capsys.readouterr().err

@@ -55,6 +55,12 @@ def test_help_shows_groups_names_and_no_defaults_of_nothing(capsys):
         assert words in said, "settings keep their own words"
 
 
+def test_help_of_all_commands_lists_them(capsys):
+    said = help_of(capsys)
+    for verb in ("train", "evaluate", "predict", "explain", "recipes", "import", "export", "words", "doctor", "demo"):
+        assert f"• {verb} " in said
+
+
 @pytest.mark.parametrize(
     ("command", "usage"),
     [

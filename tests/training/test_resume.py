@@ -118,9 +118,10 @@ def test_ctrl_c_between_epochs(toy, tmp_path):
     assert (run.load_state().epoch, run.load_state().step) == (1, 0)
 
 
-def test_progress_bar_goes_on_where_it_was(toy, tmp_path, capsys):
+def test_progress_bar_goes_on_where_it_was(toy, tmp_path, capsys, monkeypatch):
     with pytest.raises(Interrupted):
         toy.fit(toy.learner(), toy.source(at_call={7: press_ctrl_c}), toy.settings(), run=toy.run(tmp_path / "run"))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     fit(toy.learner(), toy.source(), toy.settings(), run=toy.run(tmp_path / "run"), progress=True)
     bar = capsys.readouterr().err
     assert "7/20" in bar and "20/20" in bar
@@ -129,6 +130,16 @@ def test_progress_bar_goes_on_where_it_was(toy, tmp_path, capsys):
 def test_ctrl_c_without_a_run_folder_says_so(toy):
     with pytest.raises(Interrupted, match="epoch 1 of 4 after step 2 of 5: nothing was saved"):
         toy.fit(toy.learner(), toy.source(at_call={2: press_ctrl_c}), toy.settings())
+
+
+def test_sigterm_saves_like_ctrl_c_and_says_which_it_was(toy, tmp_path):
+    handler, run = signal.getsignal(signal.SIGTERM), toy.run(tmp_path / "run")
+    terminate = {7: lambda: os.kill(os.getpid(), signal.SIGTERM)}
+    with pytest.raises(Interrupted, match=r"^terminated in epoch 2 of 4 after step 2 of 5: .*resumes it") as stop:
+        toy.fit(toy.learner(), toy.source(at_call=terminate), toy.settings(), run=run)
+    assert stop.value.signal == signal.SIGTERM
+    assert (run.load_state().epoch, run.load_state().step) == (1, 2)
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_second_ctrl_c_stops_at_once_and_the_handler_comes_back(toy, tmp_path):
