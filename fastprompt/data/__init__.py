@@ -6,7 +6,7 @@ This room knows nothing of backbones or learners: whoever turns images into feat
 from fastprompt.data.decoded import DecodedImages, decode_images, decoded_bytes
 from fastprompt.data.feature_cache import CachedFeatures, FeatureCache, default_cache_dir
 from fastprompt.data.few_shot import few_shot, select_classes
-from fastprompt.data.images import Dataset, LabelledImages
+from fastprompt.data.images import Dataset, LabelledImages, readable_name
 from fastprompt.data.load import load_dataset
 from fastprompt.data.random_crops import RandomCrops, draw_crops, seeded_crops
 from fastprompt.data.reading import find_images, load_image, read_batch
@@ -29,6 +29,7 @@ __all__ = [
     "load_dataset",
     "load_image",
     "read_batch",
+    "readable_name",
     "seeded_crops",
     "select_classes",
 ]

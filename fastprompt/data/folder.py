@@ -1,6 +1,7 @@
 """A folder of class folders, with or without a level of splits above them."""
 
 import hashlib
+import logging
 from pathlib import Path
 
 from fastprompt.data.images import Dataset, LabelledImages, readable_name
@@ -9,6 +10,8 @@ from fastprompt.errors import InputError
 
 HELD_OUT = 0.2
 """Share of each class that becomes the test split of a folder that has no split of its own."""
+
+_log = logging.getLogger(__name__)
 
 _Split = dict[str, tuple[Path, ...]]  # folder name of a class -> its images
 
@@ -19,7 +22,8 @@ def load_folder(root: Path, *, keep_underscores: bool = False) -> Dataset:
     With split folders, ``train`` is required, and ``test`` or ``val`` beside it; without ``test``, ``val`` is the test
     split (ImageNet's habit). Without split folders, a fifth of each class (at least one image) is held out as the test
     split: the images whose ``<class>/<file name>`` has the smallest SHA-256, so that the choice is the same on every
-    machine and hardly changes when images are added.
+    machine and hardly changes when images are added. A warning counts what is left out: files with other endings than
+    those of images, and folders in class folders.
 
     Args:
         root: The folder.
@@ -29,9 +33,12 @@ def load_folder(root: Path, *, keep_underscores: bool = False) -> Dataset:
         The data set; labels follow the sorted folder names.
 
     Raises:
-        InputError: If there is no class folder, a class without an image, or a class that one of the splits lacks.
+        InputError: If there is no class folder, a class without an image, or a class that one of the splits lacks; if
+            the name of a class folder cannot be read, or two read as one.
     """
+    classes = root
     if _subfolders(root / "train"):
+        classes = root / "train"
         splits = {name: _read_classes(root / name) for name in ("train", "val", "test") if (root / name).is_dir()}
         _check_same_classes(root, splits)
         if "test" not in splits:
@@ -41,7 +48,7 @@ def load_folder(root: Path, *, keep_underscores: bool = False) -> Dataset:
             if _subfolders(root / name):
                 raise InputError(f"data folder {root}: has {name}/ with class folders, but no train/ beside it")
         splits = _hold_out(root, _read_classes(root))
-    names = [readable_name(name, keep_underscores) for name in splits["train"]]
+    names = [readable_name(name, keep_underscores, f"class folder {classes / name}") for name in splits["train"]]
     first_folder: dict[str, str] = {}
     for name, folder in zip(names, splits["train"], strict=True):
         if first_folder.setdefault(name, folder) != folder:
@@ -60,7 +67,9 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _read_classes(folder: Path) -> _Split:
-    classes = {path.name: find_images(path) for path in _subfolders(folder)}
+    folders = _subfolders(folder)
+    classes = {path.name: find_images(path) for path in folders}
+    _count_ignored(folder, folders, {path for paths in classes.values() for path in paths})
     if not classes:
         raise InputError(f"data folder {folder}: expected one subfolder a class, found no subfolder")
     for name, paths in classes.items():
@@ -70,6 +79,18 @@ def _read_classes(folder: Path) -> _Split:
                 "found none"
             )
     return classes
+
+
+def _count_ignored(folder: Path, classes: list[Path], images: set[Path]) -> None:
+    ignored = [
+        path for one in classes for path in one.iterdir() if path not in images and not path.name.startswith(".")
+    ]
+    if ignored:
+        _log.warning(
+            "data folder %s: %d of %d entries of class folders are left out, as they are no files with the endings of "
+            "images (%s); one of them is %s",
+            *(folder, len(ignored), len(ignored) + len(images), " ".join(IMAGE_SUFFIXES), min(ignored)),
+        )
 
 
 def _check_same_classes(root: Path, splits: dict[str, _Split]) -> None:

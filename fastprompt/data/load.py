@@ -5,6 +5,7 @@ from pathlib import Path
 from fastprompt.data.folder import load_folder
 from fastprompt.data.images import Dataset
 from fastprompt.data.split_file import find_split_file, load_split_file
+from fastprompt.documents import home_path
 from fastprompt.errors import InputError
 
 
@@ -20,10 +21,10 @@ def load_dataset(root: str | Path, *, split_file: str | Path | None = None, keep
     Raises:
         InputError: If the folder is missing, or its contents are not as above; the sentence names what is wrong.
     """
-    root = Path(root).expanduser()
+    root = home_path(root)
     if not root.is_dir():
         raise InputError(f"data folder {root}: no such folder")
-    split_file = Path(split_file).expanduser() if split_file is not None else find_split_file(root)
+    split_file = home_path(split_file) if split_file is not None else find_split_file(root)
     if split_file is not None:
         return load_split_file(root, split_file, keep_underscores=keep_underscores)
     return load_folder(root, keep_underscores=keep_underscores)

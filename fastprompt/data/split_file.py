@@ -1,10 +1,10 @@
 """A data set folder with a split file in the format of CoOp: ``{"train": [[path, label, class name], ...], ...}``."""
 
-import json
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from fastprompt.data.images import Dataset, LabelledImages, readable_name
+from fastprompt.documents import read_json, short
 from fastprompt.errors import InputError
 
 _Entry = tuple[str, int, str]  # path, label, class name
@@ -41,7 +41,7 @@ def load_split_file(root: Path, split_file: Path, *, keep_underscores: bool = Fa
 
     Raises:
         InputError: If the file is not JSON or has another structure, labels and class names do not match one to one,
-            labels do not run from 0 to C-1, or images are absent.
+            labels do not run from 0 to C-1, a class name cannot be read, or images are absent or elsewhere.
     """
     splits = _read_entries(split_file)
     names = _class_names(split_file, splits, keep_underscores)
@@ -50,7 +50,7 @@ def load_split_file(root: Path, split_file: Path, *, keep_underscores: bool = Fa
     for split, entries in splits.items():
         paths = tuple(folder / path for path, _, _ in entries)
         images[split] = LabelledImages(paths, tuple(label for _, label, _ in entries), names)
-    absent = [path for split in images.values() for path in split.paths if not path.is_file()]
+    absent = [path for split in images.values() for path in split.paths if not _is_file(split_file, path)]
     if absent:
         raise InputError(
             f"split file {split_file}: names {len(absent)} images that do not exist, the first is {absent[0]}"
@@ -59,14 +59,9 @@ def load_split_file(root: Path, split_file: Path, *, keep_underscores: bool = Fa
 
 
 def _read_entries(split_file: Path) -> dict[str, list[_Entry]]:
-    try:
-        content = json.loads(split_file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"split file {split_file}: cannot be read ({error.strerror})") from error
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise InputError(f"split file {split_file}: is not JSON ({error})") from error
+    content = read_json(split_file, "split file")
     if not isinstance(content, dict):
-        raise InputError(f"split file {split_file}: expected an object with 'train' and 'test', got {_short(content)}")
+        raise InputError(f"split file {split_file}: expected an object with 'train' and 'test', got {short(content)}")
     splits: dict[str, list[_Entry]] = {}
     for split in ("train", "val", "test"):
         entries = content.get(split)
@@ -75,19 +70,23 @@ def _read_entries(split_file: Path) -> dict[str, list[_Entry]]:
         if not isinstance(entries, list) or not entries:
             raise InputError(
                 f"split file {split_file}: expected {split!r} to be a list of [path, label, class name], "
-                f"got {_short(entries)}"
+                f"got {short(entries)}"
             )
         splits[split] = [_entry(split_file, f"{split}[{i}]", entry) for i, entry in enumerate(entries)]
     return splits
 
 
 def _entry(split_file: Path, where: str, entry: Any) -> _Entry:
-    if isinstance(entry, list) and len(entry) == 3:
-        path, label, name = entry
-        # A JSON true would pass for the integer 1.
-        if isinstance(path, str) and type(label) is int and isinstance(name, str) and path and name.strip():
-            return path, label, name
-    raise InputError(f"split file {split_file}, {where}: expected [path, label, class name], got {_short(entry)}")
+    # The type of a label is compared, as a JSON true would pass for the integer 1.
+    kinds = [type(value) for value in entry] if isinstance(entry, list) else []
+    if kinds != [str, int, str] or not entry[0] or not entry[2].strip():
+        raise InputError(f"split file {split_file}, {where}: expected [path, label, class name], got {short(entry)}")
+    path = PurePath(entry[0])
+    if path.anchor or ".." in path.parts:
+        raise InputError(
+            f"split file {split_file}, {where}: expected a path within the data folder, got {short(entry[0])}"
+        )
+    return entry[0], entry[1], entry[2]
 
 
 def _class_names(split_file: Path, splits: dict[str, list[_Entry]], keep_underscores: bool) -> tuple[str, ...]:
@@ -96,26 +95,32 @@ def _class_names(split_file: Path, splits: dict[str, list[_Entry]], keep_undersc
         for i, (_, label, name) in enumerate(entries):
             if names.setdefault(label, name) != name:
                 raise InputError(
-                    f"split file {split_file}, {split}[{i}]: label {label} is {name!r} here and {names[label]!r} before"
+                    f"split file {split_file}, {split}[{i}]: label {short(label)} is {short(name)} here and "
+                    f"{short(names[label])} before"
                 )
     outside = sorted(label for label in names if not 0 <= label < len(names))
     if outside:
         raise InputError(
-            f"split file {split_file}: label {outside[0]} is out of range: the file has {len(names)} classes, "
+            f"split file {split_file}: label {short(outside[0])} is out of range: the file has {len(names)} classes, "
             f"so labels run from 0 to {len(names) - 1}"
         )
-    return tuple(readable_name(names[label], keep_underscores) for label in range(len(names)))
+    return tuple(
+        readable_name(names[label], keep_underscores, f"split file {split_file}, label {label}")
+        for label in range(len(names))
+    )
 
 
 def _image_folder(root: Path, split_file: Path, first: str) -> Path:
     folders = [root, *sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))]
     for folder in folders:
-        if (folder / first).is_file():
+        if _is_file(split_file, folder / first):
             return folder
     tried = ", ".join(str(folder) for folder in folders)
     raise InputError(f"split file {split_file}: its first image {first} is in none of the folders tried ({tried})")
 
 
-def _short(value: Any) -> str:
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _is_file(split_file: Path, path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:  # such as a name that is too long
+        raise InputError(f"split file {split_file}: cannot look for {path} ({error.strerror})") from error

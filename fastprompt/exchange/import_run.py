@@ -6,7 +6,8 @@ import re
 from typing import Any
 
 from fastprompt.backbone import Backbone, load_backbone
-from fastprompt.data import load_dataset, select_classes
+from fastprompt.data import load_dataset, readable_name, select_classes
+from fastprompt.documents import read_text
 from fastprompt.errors import InputError
 from fastprompt.exchange.checkpoint import Checkpoint, read_checkpoint
 from fastprompt.exchange.config import ImportConfig
@@ -62,8 +63,12 @@ def _class_names(config: ImportConfig, keep_underscores: bool) -> tuple[str, ...
     if (config.data is None) == (config.class_names is None):
         raise InputError("class names: expected either --data or --class-names, as the checkpoint does not name them")
     if config.class_names is not None:
-        lines = config.class_names.read_text(encoding="utf-8").splitlines()
-        return tuple(line if keep_underscores else line.replace("_", " ") for line in lines if line.strip())
+        file = config.class_names
+        return tuple(
+            readable_name(line, keep_underscores, f"class names {file}, line {number}")
+            for number, line in enumerate(read_text(file, "class names").splitlines(), 1)
+            if line.strip()
+        )
     dataset = load_dataset(config.data, split_file=config.split_file, keep_underscores=keep_underscores)
     return select_classes(dataset.train, config.classes).class_names
 

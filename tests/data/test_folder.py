@@ -1,8 +1,10 @@
+import os
 import re
 
 import pytest
 
 from fastprompt.data import load_dataset
+from fastprompt.data.reading import IMAGE_SUFFIXES
 from fastprompt.errors import InputError
 from tests.data.images_on_disk import write_image
 
@@ -51,8 +53,27 @@ def test_a_fifth_of_each_class_is_held_out_and_stays_so(class_folders):
     assert set(data.test.paths) < set(load_dataset(root).test.paths)
 
 
+def test_a_folder_named_by_an_underscore_is_a_class_where_underscores_are_kept(class_folders):
+    assert load_dataset(class_folders({"_": 2, "a": 2}), keep_underscores=True).train.class_names == ("_", "a")
+
+
 def test_a_class_called_train_is_a_class(class_folders):
     assert load_dataset(class_folders({"train": 2, "car": 2})).train.class_names == ("car", "train")
+
+
+def test_what_is_left_out_of_class_folders_is_counted_in_one_line(class_folders, caplog):
+    root = class_folders({"cat": 2, "dog": 3})
+    load_dataset(root)
+    assert not caplog.records
+    for name in ("dog/notes.txt", "dog/raw.nef", "cat/.hidden"):
+        (root / name).write_text("no image")
+    os.mkfifo(root / "cat/pipe.png")
+    (root / "cat/more").mkdir()
+    load_dataset(root)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"data folder {root}: 4 of 9 entries of class folders are left out, as they are no files with the endings of "
+        f"images ({' '.join(IMAGE_SUFFIXES)}); one of them is {root}/cat/more"
+    ]
 
 
 def test_missing_folder(tmp_path):
@@ -67,6 +88,9 @@ def test_missing_folder(tmp_path):
         ({"cat": 2, "dog": 0}, "class folder {root}/dog: expected image files directly in it"),
         ({"cat": 2, "dog": 1}, "class folder {root}/dog: expected at least 2 images"),
         ({"sea_lion": 2, "sea lion": 2}, "'sea lion' and 'sea_lion' give one class name, 'sea lion'"),
+        ({"cat": 2, "_": 2}, "class folder {root}/_: expected a class name, got '_', of which nothing is left to read"),
+        ({"train/_": 2, "test/_": 2}, "class folder {root}/train/_: expected a class name, got '_'"),
+        ({"c\tat": 2}, "class folder {root}/c\tat: expected a class name of printable characters, got 'c\\tat'"),
         ({"train/cat": 1}, "data folder {root}: has train/, but neither test/ nor val/ beside it"),
         ({"test/cat": 1, "cat": 2}, "data folder {root}: has test/ with class folders, but no train/ beside it"),
         ({"train/cat": 1, "test/cat": 1, "test/dog": 1}, "class 'dog' is in test/ but not in train/"),

@@ -58,6 +58,25 @@ def test_any_split_json_is_found(root):
     assert load_dataset(write(root, SPLITS, "splits.json")).test.labels == (1,)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_encodings_are_told_by_their_marks(root, encoding):
+    splits = json.dumps({split: [[p, y, f"{n} é"] for p, y, n in some] for split, some in SPLITS.items()})
+    (root / "split_zhou_Pets.json").write_text(splits, encoding=encoding)
+    assert load_dataset(root).train.class_names == ("cat é", "sea lion é")
+
+
+def test_a_file_in_latin_1_is_refused_at_its_byte(root):
+    (root / "split_zhou_Pets.json").write_bytes('{"train": [["é.png"'.encode("latin-1"))
+    with pytest.raises(InputError, match=r"split_zhou_Pets.json: expected text in UTF-8, got byte 13 that is not"):
+        load_dataset(root)
+
+
+def test_two_labels_may_have_one_name(root):
+    """As in ImageNet, whose missile and sunglasses come twice."""
+    splits = {"train": [["cat/a.png", 0, "cat"], ["cat/b.png", 1, "cat"]], "test": [["sea_lion/b.png", 1, "cat"]]}
+    assert load_dataset(write(root, splits)).train.class_names == ("cat", "cat")
+
+
 def test_several_split_files_are_not_guessed_between(root):
     write(root, SPLITS, "split_a.json")
     write(root, SPLITS, "split_b.json")
@@ -66,7 +85,7 @@ def test_several_split_files_are_not_guessed_between(root):
 
 
 def test_missing_split_file(root):
-    with pytest.raises(InputError, match=r"split file none.json: cannot be read \(No such file or directory\)"):
+    with pytest.raises(InputError, match=r"split file none.json: expected a file, got no such file"):
         load_dataset(root, split_file="none.json")
 
 
@@ -76,7 +95,7 @@ CAT = ["cat/a.png", 0, "cat"]
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ('{"train": [', "split file {file}: is not JSON"),
+        ('{"train": [', "split file {file}: expected JSON, got something else"),
         ([1, 2], "split file {file}: expected an object with 'train' and 'test', got [1, 2]"),
         ({"train": [CAT]}, "expected 'test' to be a list of [path, label, class name], got nothing"),
         ({"train": [], "test": [CAT]}, "expected 'train' to be a list of [path, label, class name], got []"),
@@ -88,6 +107,33 @@ CAT = ["cat/a.png", 0, "cat"]
         (
             {"train": [CAT], "test": [["cat/a.png", 0, "dog"]]},
             "{file}, test[0]: label 0 is 'dog' here and 'cat' before",
+        ),
+        (
+            {"train": [CAT], "test": [["cat/a.png", 10**40, "dog"]]},
+            "{file}: label 100000000000000000...0000000000000000000 is out of range: the file has 2 classes",
+        ),
+        ({"train": [CAT], "test": [["cat/a.png", 0.0, "cat"]]}, "got ['cat/a.png', 0.0, 'cat']"),
+        ({"train": [CAT], "test": [["cat/a.png", float("nan"), "cat"]]}, "got ['cat/a.png', nan, 'cat']"),
+        ({"train": [CAT], "test": [[["cat/a.png"], 0, "cat"]]}, "got [['cat/a.png'], 0, 'cat']"),
+        ({"train": [CAT], "test": [{"path": "cat/a.png"}]}, "{file}, test[0]: expected [path, label, class name]"),
+        ({"train": [CAT], "test": [["cat/a.png", 0, "_"]]}, "test[0]: label 0 is '_' here and 'cat' before"),
+        ({"train": [["cat/a.png", 0, "_"]], "test": [["cat/a.png", 0, "_"]]}, "{file}, label 0: expected a class name"),
+        (
+            {"train": [["cat/a.png", 0, "a\0b"]], "test": [["cat/a.png", 0, "a\0b"]]},
+            "label 0: expected a class name of",
+        ),
+        (
+            {"train": [CAT], "test": [["/etc/passwd", 0, "cat"]]},
+            "expected a path within the data folder, got '/",
+        ),
+        ({"train": [["../x.png", 0, "cat"]], "test": [CAT]}, "train[0]: expected a path within the data folder"),
+        ({"train": [CAT], "test": [["cat/../../x.png", 0, "cat"]]}, "expected a path within the data folder"),
+        ({"train": [CAT], "test": [["cat/\0.png", 0, "cat"]]}, "names 1 images that do not exist"),
+        ({"train": [["c\0at.png", 0, "cat"]], "test": [CAT]}, "its first image c\0at.png is in none of the folders"),
+        ({"train": [CAT], "test": [["x" * 300, 0, "cat"]]}, "(File name too long)"),
+        (
+            {"train": [CAT], "test": [["cat", 0, "cat"]]},
+            "names 1 images that do not exist, the first is {root}/photos/cat",
         ),
         (
             {"train": [CAT], "test": [["cat/a.png", 2, "dog"]]},
