@@ -4,7 +4,7 @@ This room knows nothing of backbones or learners: whoever turns images into feat
 """
 
 from fastprompt.data.decoded import DecodedImages, decode_images, decoded_bytes
-from fastprompt.data.feature_cache import CachedFeatures, FeatureCache, default_cache_dir
+from fastprompt.data.feature_cache import CachedFeatures, FeatureCache, default_cache_dir, hash_files
 from fastprompt.data.few_shot import few_shot, select_classes
 from fastprompt.data.images import Dataset, LabelledImages, readable_name
 from fastprompt.data.load import load_dataset
@@ -26,6 +26,7 @@ __all__ = [
     "draw_crops",
     "few_shot",
     "find_images",
+    "hash_files",
     "load_dataset",
     "load_image",
     "read_batch",

@@ -3,10 +3,12 @@
 import hashlib
 import logging
 import os
+import stat
 import uuid
 from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -215,10 +217,10 @@ def _read_shard(path: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def hash_files(paths: Sequence[Path], *, workers: int | None = None, progress: bool = True) -> list[str]:
-    """Return the SHA-256 of every file's content as hex, on several threads.
+    """Return the SHA-256 of every file's content as hex, on several threads; of one that did not change, from before.
 
     Raises:
-        InputError: If a file cannot be read; the sentence names it.
+        InputError: If a file is no regular file or cannot be read; the sentence names it.
     """
     with ThreadPoolExecutor(workers or default_workers()) as pool:
         digests = pool.map(_hash_file, paths)
@@ -230,9 +232,18 @@ def hash_files(paths: Sequence[Path], *, workers: int | None = None, progress: b
 
 def _hash_file(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):  # reading a pipe would wait for ever
+            raise InputError(f"image {path}: expected a file, found something else")
+        return _hash_content(path, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
     except OSError as error:
         raise InputError(f"image {path}: cannot be read ({error.strerror})") from error
+
+
+@lru_cache(maxsize=2**18)
+def _hash_content(path: Path, *state: int) -> str:
+    """The hash of a file in this state; a run asks several times, for its identity and for every cache."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _batches(paths: Sequence[Path], read: Read, batch_size: int) -> Iterator[Images]:

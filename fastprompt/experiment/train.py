@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from fastprompt.backbone import Backbone, load_backbone
-from fastprompt.data import Dataset, few_shot, load_dataset, select_classes
+from fastprompt.data import Dataset, LabelledImages, few_shot, load_dataset, select_classes
 from fastprompt.evaluation import Row, base_to_new, evaluate_accuracy
 from fastprompt.experiment.augmentation import training_source
 from fastprompt.experiment.config import ExperimentConfig, TrainConfig
+from fastprompt.experiment.identity import data_identity
 from fastprompt.experiment.sources import feature_source
 from fastprompt.learners import Learner, ZeroShot, make_learner
 from fastprompt.report import (
@@ -48,7 +49,8 @@ class TrainedRun:
 def train_run(config: ExperimentConfig, *, backbone: Backbone | None = None, progress: bool = True) -> TrainedRun:
     """Train and test one learner as configured; what can be wrong with the input is checked before the long work.
 
-    An unfinished run in the same folder is resumed; of a finished one the results are read.
+    An unfinished run in the same folder is resumed; of a finished one the results are read. The contents of the data
+    belong to what is compared. No other process may work on the folder meanwhile.
 
     Args:
         config: what to do.
@@ -56,44 +58,60 @@ def train_run(config: ExperimentConfig, *, backbone: Backbone | None = None, pro
         progress: whether to show bars.
 
     Raises:
-        InputError: bad input, in one sentence.
+        InputError: bad input, a folder with another run, or one that another process works on, in one sentence.
         Interrupted: Ctrl-C while training; the last step is kept.
     """
-    settings = config.settings()
+    config.settings()  # a number out of its range is said before anything is read
     dataset = load_dataset(config.data, split_file=config.split_file, keep_underscores=config.keep_underscores)
     train = select_classes(dataset.train, config.classes)
     if isinstance(config, TrainConfig):
         train = few_shot(train, config.shots or None, config.seed, config.sampler)
-    run = RunFolder.create_or_resume(config.out or default_run_folder(config, dataset), config.resolved())
-    found = run.complete and bool(run.metrics(EVALUATION))
-    if not found:
-        if backbone is None:
-            name, weights = config.backbone_and_weights()
-            backbone = load_backbone(
-                name,
-                weights,
-                device=config.device,
-                precision=config.precision,
-                cache_dir=config.weights_dir,
-                memory_budget=config.memory_budget,
-                cuda_graphs=config.cuda_graphs,
-            )
-        learner, *peers = _learners(config, backbone, train.class_names)
-        learner.check()
-        tests = _tests(dataset, backbone, config, progress)
-        for row in (learner, *peers):
-            for _, class_names in tests.values():
-                row.with_class_names(class_names)  # checks that they fit
-        if isinstance(config, TrainConfig):
-            source = training_source(train, backbone, config, progress=progress)
-            fit(learner, source, settings, run=run, progress=progress)
-        if not run.complete:
-            weights_dir = None if config.weights_dir is None else str(config.weights_dir.resolve())
-            run.save_model(learner, {"options": learner.options, "weights_dir": weights_dir})
-        run.log(EVALUATION, results={row.method: _test(row, tests, progress) for row in (*peers, learner)})
-    table = results_table(run, dataset.name)
-    write_report(_report(config, run, table), run.path / REPORT)
+    asked = config.resolved() | data_identity(config, dataset, train, progress=progress)
+    run = RunFolder.create_or_resume(config.out or default_run_folder(config, dataset), asked)
+    with run.locked():
+        found = run.complete and bool(run.metrics(EVALUATION))
+        if not found:
+            _train_and_test(run, config, dataset, train, backbone or _load_backbone(config), progress)
+        table = results_table(run, dataset.name)
+        write_report(_report(config, run, table), run.path / REPORT)
     return TrainedRun(run, table, found)
+
+
+def _load_backbone(config: ExperimentConfig) -> Backbone:
+    name, weights = config.backbone_and_weights()
+    return load_backbone(
+        name,
+        weights,
+        device=config.device,
+        precision=config.precision,
+        cache_dir=config.weights_dir,
+        memory_budget=config.memory_budget,
+        cuda_graphs=config.cuda_graphs,
+    )
+
+
+def _train_and_test(
+    run: RunFolder,
+    config: ExperimentConfig,
+    dataset: Dataset,
+    train: LabelledImages,
+    backbone: Backbone,
+    progress: bool,
+) -> None:
+    """Do what the run still lacks of training, saving and testing."""
+    learner, *peers = _learners(config, backbone, train.class_names)
+    learner.check()
+    tests = _tests(dataset, backbone, config, progress)
+    for row in (learner, *peers):
+        for _, class_names in tests.values():
+            row.with_class_names(class_names)  # checks that they fit
+    if isinstance(config, TrainConfig):
+        source = training_source(train, backbone, config, progress=progress)
+        fit(learner, source, config.settings(), run=run, progress=progress)
+    if not run.complete:
+        weights_dir = None if config.weights_dir is None else str(config.weights_dir.resolve())
+        run.save_model(learner, {"options": learner.options, "weights_dir": weights_dir})
+    run.log(EVALUATION, results={row.method: _test(row, tests, progress) for row in (*peers, learner)})
 
 
 def default_run_folder(config: ExperimentConfig, dataset: Dataset) -> Path:

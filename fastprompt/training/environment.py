@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -22,21 +23,33 @@ def environment() -> dict[str, Any]:
 
     An accelerator is named only if it is in use already: asking must not initialise one.
     """
-    on_gpu = torch.cuda.is_initialized()
     return {
         "fastprompt": __version__,
-        "torch": torch.__version__,
         "triton": _version("triton"),
         "open_clip": _version("open_clip_torch"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        **arithmetic(),
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
     }
+
+
+def arithmetic() -> dict[str, Any]:
+    """What the last bits of a result depend on, beside what was asked for."""
+    return {
+        "torch": torch.__version__,
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu",
+    }
+
+
+def changed_arithmetic(before: Mapping[str, Any], **more: Any) -> str:
+    """What `arithmetic` and `more` were before and are otherwise now, in words; empty if nothing changed."""
+    now = arithmetic() | more
+    return "; ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name])
 
 
 def _version(distribution: str) -> str | None:

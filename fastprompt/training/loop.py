@@ -6,7 +6,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,10 @@ from fastprompt.backbone.features import queue_copy
 from fastprompt.errors import InputError
 from fastprompt.learners.stored import restore_learned
 from fastprompt.progress import progress_bar, say_line
+from fastprompt.training.environment import changed_arithmetic
 from fastprompt.training.interrupt import Interrupted, InterruptFlag
 from fastprompt.training.metrics import EpochMetrics, TrainingResult, peak_memory, reset_peak_memory
-from fastprompt.training.run_folder import MODEL, STATE, RunFolder, epoch_metrics
+from fastprompt.training.run_folder import DIVERGED, MODEL, STATE, RunFolder, epoch_metrics
 from fastprompt.training.settings import TrainingSettings
 from fastprompt.training.sources import FeatureSource
 from fastprompt.training.state import TrainingState
@@ -60,11 +61,25 @@ def fit(
 
     Raises:
         InputError: There is nothing to train or to train on, a label is out of range, the run's state does not fit, or
-            the loss or a learned tensor is not finite any more.
+            the loss or a learned tensor is not finite any more (the same run with a smaller `lr` goes on from the state
+            before), or another process trains in this run folder.
         Interrupted: Ctrl-C or SIGTERM; the state after the last step is in the run folder. A second one raises
             KeyboardInterrupt at once.
     """
     device = _check(learner, source)
+    with nullcontext() if run is None else run.locked():
+        return _fit(learner, source, settings, run, device, on_epoch, progress)
+
+
+def _fit(
+    learner: Learner,
+    source: FeatureSource,
+    settings: TrainingSettings,
+    run: RunFolder | None,
+    device: torch.device,
+    on_epoch: Callable[[EpochMetrics], None] | None,
+    progress: bool,
+) -> TrainingResult:
     if run is not None and run.complete:
         log.info("%s is complete: nothing to train", run.path)
         restore_learned(learner, run.load_model()[0], run.path / MODEL)
@@ -151,9 +166,7 @@ class _Training:
     def finish_epoch(self, on_epoch: Callable[[EpochMetrics], None] | None) -> None:
         """Report this epoch and save the state at the start of the next."""
         loss, accuracy = self._read_losses()
-        for name, tensor in self.learner.named_parameters():
-            if not tensor.isfinite().all():
-                raise self._diverged(f"{name} is not finite any more after the last step")
+        self._check_learned()
         metrics = EpochMetrics(
             epoch=self.epoch + 1,
             loss=loss,
@@ -172,13 +185,22 @@ class _Training:
         self._start_epoch(self.epoch + 1)
         self.save()
 
+    def _check_learned(self) -> None:
+        for name, tensor in self.learner.named_parameters():
+            if not tensor.isfinite().all():
+                raise self._diverged(f"{name} is not finite any more after the last step")
+
     def save(self) -> None:
         if self.run is None:
             return
+        self._check_learned()
         buffers = {name: self.optimizer.state[p].get("momentum_buffer") for name, p in self.learner.named_parameters()}
         self.run.save_state(
             TrainingState(
-                images=len(self.source),
+                class_names=tuple(self.learner.class_names),
+                fingerprint=self.learner.backbone.fingerprint,
+                labels=self.source.labels,
+                origin=self.source.origin,
                 epoch=self.epoch,
                 step=self.step,
                 seconds=self.seconds,
@@ -197,8 +219,9 @@ class _Training:
         if state is None:
             return
         file = self.run.path / STATE
-        if state.images != (now := len(self.source)):
-            raise InputError(f"{file} was made with {state.images} training images, but now there are {now}")
+        state.check_data(self.learner, self.source.labels, file)
+        if other := changed_arithmetic(self.run.environment() | {"origin": state.origin}, origin=self.source.origin):
+            log.warning("%s goes on, but may end with other last bits than unstopped: %s", self.run.path, other)
         restore_learned(self.learner, state.learned, file)
         for name, parameter in self.learner.named_parameters():
             if name in state.momentum:
@@ -230,8 +253,11 @@ class _Training:
         return Interrupted(f"{how} {where}: {kept}", epoch, step, number)
 
     def _diverged(self, what: str) -> InputError:
-        lr = self.settings.learning_rate(self.epoch)
-        return InputError(f"{what} of epoch {self.epoch + 1} at learning rate {lr:g}: try a smaller lr, or a warm-up")
+        lr, advice = self.settings.learning_rate(self.epoch), "try a smaller lr, or a warm-up"
+        if self.run is not None and (self.run.path / STATE).is_file():
+            self.run.log(DIVERGED, epoch=self.epoch + 1, lr=self.settings.lr)
+            advice = f"{self.run.path} keeps the state before, and goes on with a smaller lr than {self.settings.lr:g}"
+        return InputError(f"{what} of epoch {self.epoch + 1} at learning rate {lr:g}: {advice}")
 
     def _images_per_step(self) -> int:
         return min(self.settings.batch_size, len(self.source))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from fastprompt.errors import InputError
-from fastprompt.files import write_file, write_tensors
+from fastprompt.files import LOCK, TEMPORARY, locked, write_file, write_tensors
 from fastprompt.learners.stored import describe
 from fastprompt.training.environment import environment
 from fastprompt.training.metrics import EpochMetrics
@@ -19,15 +21,20 @@ from fastprompt.training.state import TrainingState, read_tensors
 if TYPE_CHECKING:
     from fastprompt.learners import Learner
 
+log = logging.getLogger(__name__)
+
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 MODEL, STATE = "model.safetensors", "training_state.safetensors"
 METADATA = "fastprompt"  # safetensors keeps strings only: ours is one JSON object under this key
+NOT_SET = "(not set)"
+DIVERGED = "diverged"  # kind of line in metrics.jsonl, and the entry of config.json about earlier learning rates
 
 
 class RunFolder:
     """One training run in one folder. Every file is replaced as a whole, so that a killed process leaves no half file.
 
-    The folder is made by the first write, not before: a run that fails on its input leaves nothing behind.
+    The folder becomes a run with the first write, not before: a run that fails on its input leaves nothing behind. What
+    writes locks the folder, for the write alone unless ``locked`` holds it for longer.
 
     Attributes:
         path: The folder.
@@ -37,10 +44,13 @@ class RunFolder:
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         self.path = path
         self.config = dict(config)
+        self._locked = False
 
     @classmethod
     def create_or_resume(cls, path: str | Path, config: Mapping[str, Any]) -> RunFolder:
         """The run folder at `path`: a new one if there is nothing, the existing one if its config is the same.
+
+        A run whose training diverged may go on with a smaller `lr` and otherwise the same config.
 
         Args:
             path: The folder.
@@ -50,21 +60,15 @@ class RunFolder:
             InputError: The folder holds a run with another config, or something that is not a run.
         """
         path, config = Path(path), json.loads(json.dumps(config, default=str))
-        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-            return cls(path, config)
-        if not _is_run(path):
+        if _is_run(path):
+            run = cls.open(path)
+            run._check_config(config)
+            return run
+        if path.exists() and not (path.is_dir() and all(_belongs_to_start(file) for file in path.iterdir())):
             raise InputError(
                 f"{path} must be absent, empty or an earlier run, but it is something else: choose another --out"
             )
-        run = cls.open(path)
-        old, new = _flat(run.config), _flat(config)
-        for name in [*new, *(old.keys() - new.keys())]:
-            if old.get(name, "(not set)") != new.get(name, "(not set)"):
-                raise InputError(
-                    f"{path} holds a run with {name} = {old.get(name, '(not set)')}, but now {name} = "
-                    f"{new.get(name, '(not set)')}: choose another --out, or the old value to resume that run"
-                )
-        return run
+        return cls(path, config)
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -77,6 +81,52 @@ class RunFolder:
         if not _is_run(path):
             raise InputError(f"{path} must be a run folder, with {CONFIG} and {ENVIRONMENT} in it, and it is not")
         return cls(path, _parse(path / CONFIG, (path / CONFIG).read_bytes()))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the only process that writes into this run; may be nested.
+
+        Raises:
+            InputError: Another process holds the folder, or has meanwhile made a run with another config of it.
+        """
+        if self._locked:
+            yield
+            return
+        with locked(self.path):
+            if _is_run(self.path):
+                self._take_over()
+            self._locked = True
+            try:
+                yield
+            finally:
+                self._locked = False
+
+    def _take_over(self) -> None:
+        """Bring the run that is on disk up to this config, and finish what a killed process left half done."""
+        stored = RunFolder.open(self.path)
+        lr = stored.config.get("lr")
+        stored._check_config(self.config)
+        self.config = stored.config
+        if self.config.get("lr") != lr:
+            write_file(self.path / CONFIG, json.dumps(self.config, indent=2) + "\n")
+            log.warning("%s diverged at lr = %g: it goes on with %g", self.path, lr, self.config["lr"])
+        if self.complete:  # between the two, training was killed
+            (self.path / STATE).unlink(missing_ok=True)
+
+    def _check_config(self, config: dict[str, Any]) -> None:
+        """Raise where `config` is not that of this run; take a smaller lr over from it where the run has diverged."""
+        old, new = _flat({**self.config, DIVERGED: None}), _flat({**config, DIVERGED: None})
+        names = [*new, *(old.keys() - new.keys())]
+        different = [name for name in names if old.get(name, NOT_SET) != new.get(name, NOT_SET)]
+        if different == ["lr"] and (diverged := self.metrics(DIVERGED)) and _is_smaller(new.get("lr"), old.get("lr")):
+            earlier = {"until_epoch": diverged[-1]["epoch"] - 1, "lr": old["lr"]}
+            self.config |= {"lr": new["lr"], DIVERGED: [*self.config.get(DIVERGED, []), earlier]}
+        elif different:
+            name = different[0]
+            raise InputError(
+                f"{self.path} holds a run with {name} = {old.get(name, NOT_SET)}, but now {name} = "
+                f"{new.get(name, NOT_SET)}: choose another --out, or go back to the old value to resume that run"
+            )
 
     @property
     def complete(self) -> bool:
@@ -105,10 +155,19 @@ class RunFolder:
         if len(kept) < len(lines):
             self._write_metrics(kept)
 
+    def environment(self) -> dict[str, Any]:
+        """What the run was begun with; empty for one that is not on disk yet.
+
+        Raises:
+            InputError: environment.json is damaged.
+        """
+        file = self.path / ENVIRONMENT
+        return _parse(file, file.read_bytes()) if file.is_file() else {}
+
     def save_state(self, state: TrainingState) -> None:
         """Write the state that an unfinished training resumes from."""
-        self._begin()
-        state.write(self.path / STATE)
+        with self._writing():
+            state.write(self.path / STATE)
 
     def load_state(self) -> TrainingState | None:
         """The saved state; None if there is none.
@@ -128,9 +187,9 @@ class RunFolder:
             extra: More metadata, for instance what is needed to build the learner again; what JSON can hold.
         """
         metadata = {**describe(learner), **(extra or {})}
-        self._begin()
-        write_tensors(self.path / MODEL, learner.state_dict(), {METADATA: json.dumps(metadata)})
-        (self.path / STATE).unlink(missing_ok=True)
+        with self._writing():
+            write_tensors(self.path / MODEL, learner.state_dict(), {METADATA: json.dumps(metadata)})
+            (self.path / STATE).unlink(missing_ok=True)
 
     def load_model(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The learned tensors on the CPU, and the metadata that `save_model` wrote.
@@ -145,16 +204,18 @@ class RunFolder:
         return tensors, _parse(file, metadata.get(METADATA, "null"))
 
     def _write_metrics(self, lines: list[dict[str, Any]]) -> None:
-        self._begin()
-        write_file(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+        with self._writing():
+            write_file(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
 
-    def _begin(self) -> None:
-        """Make the folder a run, if it is none yet."""
-        if not (self.path / CONFIG).is_file():
-            self.path.mkdir(parents=True, exist_ok=True)
-            # config.json comes second: where it is, the folder is a run.
-            write_file(self.path / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
-            write_file(self.path / CONFIG, json.dumps(self.config, indent=2) + "\n")
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Lock the folder, and make it a run if it is none yet."""
+        with self.locked():
+            if not _is_run(self.path):
+                # config.json comes second: where it is, the folder is a run.
+                write_file(self.path / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
+                write_file(self.path / CONFIG, json.dumps(self.config, indent=2) + "\n")
+            yield
 
 
 def epoch_metrics(run: RunFolder) -> list[EpochMetrics]:
@@ -165,6 +226,15 @@ def epoch_metrics(run: RunFolder) -> list[EpochMetrics]:
 
 def _is_run(path: Path) -> bool:
     return (path / CONFIG).is_file() and (path / ENVIRONMENT).is_file()
+
+
+def _belongs_to_start(file: Path) -> bool:
+    """Whether a process that was killed before its folder became a run left this file."""
+    return file.name in (ENVIRONMENT, LOCK) or file.name.endswith(TEMPORARY)
+
+
+def _is_smaller(new: Any, old: Any) -> bool:
+    return isinstance(new, int | float) and isinstance(old, int | float) and new < old
 
 
 def _parse(file: Path, text: str | bytes, line: int | None = None) -> dict[str, Any]:
@@ -179,7 +249,9 @@ def _parse(file: Path, text: str | bytes, line: int | None = None) -> dict[str, 
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names."""
+    """Nested settings under dotted names, and lists of strings (class names) as one setting an item."""
+    if isinstance(config, list) and config and all(isinstance(item, str) for item in config):
+        return {f"{prefix.rstrip('.')}[{index}]": item for index, item in enumerate(config)}
     if not isinstance(config, dict) or not config:
         return {prefix.rstrip("."): config}
     return {name: value for key, below in config.items() for name, value in _flat(below, f"{prefix}{key}.").items()}

@@ -20,9 +20,11 @@ class FeatureSource(Protocol):
 
     Attributes:
         labels: (n,) int64, an index into the learner's class names for every image.
+        origin: what the last bits of the features depend on, beside images and backbone; a resumed run compares it.
     """
 
     labels: Tensor
+    origin: str
 
     def __len__(self) -> int: ...
 
@@ -75,6 +77,8 @@ class CachedSource:
     def __init__(self, features: FeatureRows, labels: Sequence[int] | Tensor) -> None:
         self.features = features
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
+        checksum = getattr(features, "checksum", None)  # the feature cache has one
+        self.origin = "features in memory" if checksum is None else f"cached features with checksum {checksum:08x}"
         if len(features) != len(self.labels):
             raise InputError(f"labels must be as many as the {len(features)} cached images, not {len(self.labels)}")
 
@@ -114,6 +118,7 @@ class ViewSource:
             raise InputError("views: expected at least one view of every image, got none")
         self.views = [CachedSource(view, labels) for view in views]
         self.labels = self.views[0].labels
+        self.origin = "; ".join(view.origin for view in self.views)
         self.plain = plain
 
     def __len__(self) -> int:
@@ -167,6 +172,7 @@ class ImageSource:
         self.read, self.read_plain = read, read_plain or read
         self.backbone = backbone
         self.at_once = at_once
+        self.origin = f"images encoded {at_once} at a time"
         if len(self.paths) != len(self.labels):
             raise InputError(f"labels must be as many as the {len(self.paths)} image paths, not {len(self.labels)}")
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import safetensors
+import torch
 from torch import Tensor
 
 from fastprompt.errors import InputError
 from fastprompt.files import write_tensors
+
+if TYPE_CHECKING:
+    from fastprompt.learners import Learner
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,10 @@ class TrainingState:
     The learning rate and all random numbers follow from the settings, the epoch and the step, so they have no state.
 
     Attributes:
-        images: Number of training images, to notice that the data changed.
+        class_names: The learner's, to notice that the classes changed.
+        fingerprint: Of the learner's backbone, to notice that its weights changed.
+        labels: (images,) int64, the source's, to notice that the data changed.
+        origin: What else the bits of the features depend on, as the source tells it.
         epoch: Epochs that are done.
         step: Steps that are done in the epoch after those.
         seconds: Time spent on these steps.
@@ -30,7 +40,10 @@ class TrainingState:
         momentum: SGD's momentum buffers by parameter name; empty before the first step.
     """
 
-    images: int
+    class_names: tuple[str, ...]
+    fingerprint: str
+    labels: Tensor
+    origin: str
     epoch: int
     step: int
     seconds: float
@@ -45,11 +58,12 @@ class TrainingState:
         Raises:
             InputError: The file cannot be written.
         """
-        tensors = {"losses": self.losses, "correct": self.correct}
+        tensors = {"labels": self.labels, "losses": self.losses, "correct": self.correct}
         tensors |= {f"learned.{name}": tensor for name, tensor in self.learned.items()}
         tensors |= {f"momentum.{name}": tensor for name, tensor in self.momentum.items()}
-        counters = {name: repr(getattr(self, name)) for name in ("images", "epoch", "step", "seconds")}
-        write_tensors(file, tensors, counters)
+        texts = ("class_names", "fingerprint", "origin", "epoch", "step", "seconds")
+        said = {name: json.dumps(getattr(self, name)) for name in texts}
+        write_tensors(file, tensors, said)
 
     @classmethod
     def from_file(cls, path: Path) -> TrainingState:
@@ -61,7 +75,10 @@ class TrainingState:
         tensors, metadata = read_tensors(path)
         try:
             return cls(
-                images=int(metadata["images"]),
+                class_names=tuple(json.loads(metadata["class_names"])),
+                fingerprint=json.loads(metadata["fingerprint"]),
+                labels=tensors["labels"],
+                origin=json.loads(metadata["origin"]),
                 epoch=int(metadata["epoch"]),
                 step=int(metadata["step"]),
                 seconds=float(metadata["seconds"]),
@@ -72,6 +89,33 @@ class TrainingState:
             )
         except (KeyError, ValueError) as error:
             raise InputError(f"{path} must hold the state of a training, but {error} is missing or invalid") from error
+
+    def check_data(self, learner: Learner, labels: Tensor, file: Path) -> None:
+        """Compare with the learner and the data of now.
+
+        Args:
+            learner: Its class names and the weights of its backbone must be those of before.
+            labels: (images,) int64, the source's.
+            file: Where this state comes from, for messages.
+
+        Raises:
+            InputError: There are other classes, weights or labels.
+        """
+        for index, (old, new) in enumerate(zip_longest(self.class_names, learner.class_names)):
+            if old != new:
+                raise InputError(f"{file} was made with {old!r} as class {index}, but now that is {new!r}")
+        if self.fingerprint != (now := learner.backbone.fingerprint):
+            raise InputError(
+                f"{file} was made on weights with fingerprint {self.fingerprint}, but those now have {now}"
+            )
+        if len(self.labels) != len(labels):
+            raise InputError(
+                f"{file} was made with {len(self.labels)} training images, but now there are {len(labels)}"
+            )
+        if not torch.equal(self.labels, labels):
+            raise InputError(
+                f"{file} was made with other labels of its {len(labels)} training images than there are now"
+            )
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

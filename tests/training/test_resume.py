@@ -1,6 +1,8 @@
 """A run that was stopped anywhere ends with the numbers of a run that was not."""
 
+import dataclasses
 import json
+import math
 import os
 import signal
 import threading
@@ -11,7 +13,7 @@ import torch
 
 from fastprompt.errors import InputError
 from fastprompt.learners import GalLoP
-from fastprompt.training import ImageSource, Interrupted, fit
+from fastprompt.training import ImageSource, Interrupted, TrainingSettings, fit
 from fastprompt.training.interrupt import InterruptFlag
 
 STEPS = 5  # of an epoch: 44 images in batches of 8
@@ -194,8 +196,70 @@ def test_other_data_or_another_learner_is_refused(toy, tmp_path):
         toy.fit(toy.learner(), toy.source(at_call={7: press_ctrl_c}), toy.settings(), run=toy.run(tmp_path / "run"))
     with pytest.raises(InputError, match="44 training images, but now there are 40"):
         toy.fit(toy.learner(), toy.source(n=40), toy.settings(), run=toy.run(tmp_path / "run"))
+    relabelled = toy.source()
+    relabelled.labels = relabelled.labels.flip(0)
+    with pytest.raises(InputError, match="made with other labels of its 44 training images than there are now"):
+        toy.fit(toy.learner(), relabelled, toy.settings(), run=toy.run(tmp_path / "run"))
     with pytest.raises(InputError, match=r"training_state\.safetensors must hold the learned tensors"):
+        toy.fit(toy.learner(width=9), toy.source(), toy.settings(), run=toy.run(tmp_path / "run"))
+    with pytest.raises(InputError, match="made with None as class 4, but now that is 'class 4'"):
         toy.fit(toy.learner(classes=5), toy.source(), toy.settings(), run=toy.run(tmp_path / "run"))
+    renamed = toy.learner()
+    renamed.class_names = (*renamed.class_names[:2], "fox", "class 3")
+    with pytest.raises(InputError, match="made with 'class 2' as class 2, but now that is 'fox'"):
+        toy.fit(renamed, toy.source(), toy.settings(), run=toy.run(tmp_path / "run"))
+    other_weights = toy.learner()
+    other_weights.backbone.fingerprint = "beef"
+    with pytest.raises(InputError, match="made on weights with fingerprint f00d, but those now have beef"):
+        toy.fit(other_weights, toy.source(), toy.settings(), run=toy.run(tmp_path / "run"))
+
+
+def test_what_changes_last_bits_is_said_on_resume(toy, tmp_path, caplog):
+    with pytest.raises(Interrupted):
+        toy.fit(toy.learner(), toy.source(at_call={7: press_ctrl_c}), toy.settings(), run=toy.run(tmp_path / "run"))
+    with pytest.raises(Interrupted):
+        toy.fit(toy.learner(), toy.source(at_call={1: press_ctrl_c}), toy.settings(), run=toy.run(tmp_path / "run"))
+    assert "last bits" not in caplog.text
+    source = toy.source()
+    source.origin = "images encoded 3 at a time"
+    torch.set_num_threads(2)
+    toy.fit(toy.learner(), source, toy.settings(), run=toy.run(tmp_path / "run"))
+    said = caplog.text.strip()
+    assert "run goes on, but may end with other last bits than unstopped: threads was 1, is 2; " in said
+    assert said.endswith("origin was features in memory, is images encoded 3 at a time")
+
+
+def test_a_diverged_run_goes_on_from_its_last_state_with_a_smaller_lr(toy, tmp_path):
+    """Epochs 1 and 2 at lr 0.5 and the others at 0.1, as if nothing had happened between."""
+
+    class TwoRates(TrainingSettings):
+        def learning_rate(self, epoch):
+            return toy.settings(lr=0.5 if epoch < 2 else 0.1).learning_rate(epoch)
+
+    expected = toy.learner()
+    toy.fit(expected, toy.source(), TwoRates(**dataclasses.asdict(toy.settings())))
+
+    def run(lr, seed=1):
+        return toy.run(tmp_path / "run", lr=lr, seed=seed)
+
+    diverging, plain, calls = toy.learner(), toy.learner().loss, []
+    plain = diverging.loss
+    diverging.loss = lambda scores, labels: (
+        plain(scores, labels) * (math.nan if calls.append(0) or len(calls) == 13 else 1)
+    )
+    with pytest.raises(InputError, match=r"step 3 of epoch 3 .*run keeps the state before"):
+        toy.fit(diverging, toy.source(), toy.settings(lr=0.5), run=run(0.5))
+    for lr, seed, words in ((0.6, 1, "lr = 0.5, but now lr = 0.6"), (0.1, 2, "lr = 0.5, but now lr = 0.1")):
+        with pytest.raises(InputError, match=words):
+            run(lr, seed)
+    learner = toy.learner()
+    toy.fit(learner, toy.source(), toy.settings(lr=0.1), run=run(0.1))
+    assert torch.equal(learner.weight, expected.weight) and torch.equal(learner.bias, expected.bias)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config == {"lr": 0.1, "seed": 1, "diverged": [{"until_epoch": 2, "lr": 0.5}]}
+    assert [line["kind"] for line in run(0.1).metrics()] == ["epoch"] * 4
+    with pytest.raises(InputError, match=r"lr = 0\.1, but now lr = 0\.05"):
+        run(0.05)  # it does not diverge any more
 
 
 def test_a_run_that_fails_on_its_input_leaves_nothing(toy, tmp_path):

@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 
 from fastprompt.errors import InputError
+from fastprompt.files import LOCK, TEMPORARY
 from fastprompt.training import RunFolder
 from fastprompt.training.state import TrainingState
 from fastprompt.version import __version__
@@ -15,7 +16,8 @@ CONFIG = {"method": "toy", "training": {"lr": 0.1, "k": (5, 10)}, "data": Path("
 
 
 def make_state(**changes):
-    values = {"images": 3, "epoch": 1, "step": 2, "seconds": 0.1 + 0.2, "momentum": {}}
+    values = {"class_names": ("a", "b"), "fingerprint": "f00d", "labels": torch.tensor([0, 1, 0]), "origin": "memory"}
+    values |= {"epoch": 1, "step": 2, "seconds": 0.1 + 0.2, "momentum": {}}
     values |= {"losses": torch.tensor([1.5, 2.5]), "correct": torch.tensor([1, 0])}
     values |= {"learned": {"a.weight": torch.randn(3, 2).T}}
     return TrainingState(**values | changes)
@@ -61,6 +63,58 @@ def test_another_config_is_refused_by_name(run, config, words):
     assert {file: file.read_bytes() for file in run.path.iterdir()} == before
 
 
+def test_a_class_name_that_changed_is_refused_by_its_number(tmp_path):
+    RunFolder.create_or_resume(tmp_path, {"class_names": ["cat", "dog"]}).log("epoch", epoch=1)
+    for names, words in (
+        (["cat", "fox"], r"class_names\[1\] = dog, but now class_names\[1\] = fox"),
+        (["cat", "dog", "fox"], r"class_names\[2\] = \(not set\), but now class_names\[2\] = fox"),
+    ):
+        with pytest.raises(InputError, match=words):
+            RunFolder.create_or_resume(tmp_path, {"class_names": names})
+
+
+@pytest.mark.parametrize(
+    "left", [(), (LOCK,), ("environment.json",), ("environment.json", f".config.json.1f{TEMPORARY}")]
+)
+def test_a_half_made_folder_is_taken_over(tmp_path, left):
+    for name in left:
+        (tmp_path / name).write_text("{}")
+    RunFolder.create_or_resume(tmp_path, CONFIG).log("epoch", epoch=1)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "environment.json", "metrics.jsonl"]
+    assert RunFolder.open(tmp_path).environment()["torch"] == torch.__version__
+
+
+def test_a_state_that_a_killed_process_left_beside_its_model_is_removed(run, toy):
+    run.save_state(make_state())
+    state = (run.path / "training_state.safetensors").read_bytes()
+    run.save_model(toy.learner())
+    (run.path / "training_state.safetensors").write_bytes(state)
+    with RunFolder.create_or_resume(run.path, CONFIG).locked():
+        assert not (run.path / "training_state.safetensors").exists()
+
+
+def test_one_process_writes_and_others_read(run, toy):
+    other = RunFolder.create_or_resume(run.path, CONFIG)
+    with run.locked(), run.locked():
+        run.log("epoch", epoch=2)
+        assert [line["epoch"] for line in other.metrics()] == [1, 2]
+        for write in (
+            lambda: other.log("epoch", epoch=3),
+            lambda: toy.fit(toy.learner(), toy.source(), toy.settings(), run=other),
+        ):
+            with pytest.raises(InputError, match="expected no other process to write here, but process"):
+                write()
+    other.log("epoch", epoch=3)
+    assert len(run.metrics()) == 3
+
+
+def test_a_run_that_another_process_made_meanwhile_is_not_written_into(tmp_path):
+    early = RunFolder.create_or_resume(tmp_path, CONFIG | {"seed": 2})
+    RunFolder.create_or_resume(tmp_path, CONFIG | {"seed": 1}).log("epoch", epoch=1)
+    with pytest.raises(InputError, match="holds a run with seed = 1, but now seed = 2"):
+        early.log("epoch", epoch=1)
+
+
 def test_foreign_folders_and_files_are_refused(tmp_path):
     (tmp_path / "photo.png").write_bytes(b"x")
     for path in (tmp_path, tmp_path / "photo.png"):
@@ -89,7 +143,8 @@ def test_state_comes_back_exactly(run):
     state = make_state(momentum={"a.weight": torch.randn(2, 3)})
     run.save_state(state)
     back = run.load_state()
-    assert (back.images, back.epoch, back.step, back.seconds) == (3, 1, 2, 0.1 + 0.2)
+    assert (back.class_names, back.origin) == (("a", "b"), "memory") and torch.equal(back.labels, state.labels)
+    assert (back.epoch, back.step, back.seconds) == (1, 2, 0.1 + 0.2)
     assert torch.equal(back.losses, state.losses) and torch.equal(back.correct, state.correct)
     assert back.learned.keys() == back.momentum.keys() == {"a.weight"}
     assert torch.equal(back.learned["a.weight"], state.learned["a.weight"])
@@ -104,7 +159,7 @@ def test_damaged_or_foreign_state_is_refused(run, toy):
         run.load_state()
     run.save_model(toy.learner())
     (run.path / "model.safetensors").rename(file)
-    with pytest.raises(InputError, match=r"must hold the state of a training, but 'images' is missing"):
+    with pytest.raises(InputError, match=r"must hold the state of a training, but 'class_names' is missing"):
         run.load_state()
 
 

@@ -1,0 +1,45 @@
+"""Which data a run was made from: names and contents, so that the same command on changed data is noticed."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from fastprompt.data import Dataset, LabelledImages, hash_files
+from fastprompt.experiment.config import ExperimentConfig, TrainConfig
+
+
+def data_identity(
+    config: ExperimentConfig, dataset: Dataset, train: LabelledImages, *, progress: bool = True
+) -> dict[str, Any]:
+    """What decides a result beside the configuration.
+
+    Args:
+        config: names the files that the learner reads, such as descriptions of classes.
+        dataset: gives the class names and the test images.
+        train: the images that are trained on; not looked at where nothing is.
+        progress: whether to show bars.
+
+    Returns:
+        Class names in their order, and a digest of the contents and labels of the images and of the files.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    identity: dict[str, Any] = {"class_names": list(dataset.train.class_names)}
+    if isinstance(config, TrainConfig):
+        identity["training_images"] = _digest(train, progress)
+    identity["test_images"] = _digest(dataset.test, progress)
+    files = {name: Path(value) for name, value in config.learner_options().items() if isinstance(value, str)}
+    for name, file in files.items():
+        if file.is_file():
+            identity[f"{name}_contents"] = f"sha256 {hash_files([file], progress=False)[0][:16]}"
+    return identity
+
+
+def _digest(images: LabelledImages, progress: bool) -> str:
+    """Such as "16 images, sha256 0123456789abcdef", of contents and labels in their order, not of the files' names."""
+    lines = zip(hash_files(images.paths, progress=progress), images.labels, strict=True)
+    digest = hashlib.sha256("".join(f"{content} {label}\n" for content, label in lines).encode())
+    return f"{len(images)} images, sha256 {digest.hexdigest()[:16]}"

@@ -1,0 +1,96 @@
+"""The same command on other data: refused with what changed, in a finished run and in a stopped one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastprompt.cli import main
+from fastprompt.files import LOCK, locked
+from tests.experiment.conftest import write_images
+
+
+def another_class(photos):
+    for split in ("train", "test"):
+        write_images(photos / split, {"zinnober": (227, 66, 52)}, 4)
+
+
+def renamed_class(photos):
+    for split in ("train", "test"):
+        (photos / split / "red").rename(photos / split / "scarlet")
+
+
+def repaint(file):
+    Image.fromarray(np.full((40, 48, 3), 77, np.uint8)).save(file)
+
+
+CHANGES = {
+    "class added": (another_class, "class_names[4] = (not set), but now class_names[4] = zinnober"),
+    "class renamed": (renamed_class, "class_names[2] = red, but now class_names[2] = scarlet"),
+    "training images changed": (
+        lambda photos: [repaint(photos / "train" / "red" / f"{i}.png") for i in range(6)],
+        "training_images = 16 images, sha256 ",
+    ),
+    "test image changed": (lambda photos: repaint(photos / "test/green/2.png"), "test_images = 16 images, sha256 "),
+    "test image gone": (lambda photos: (photos / "test/green/2.png").unlink(), "but now test_images = 15 images"),
+}
+
+
+def everything(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_finished_run_is_not_shown_for_other_data(change, photos, common, capsys, tmp_path):
+    spoil, words = CHANGES[change]
+    command = ["train", "coop", str(photos), *common, "--out", "run"]
+    assert main(command) == 0
+    before = everything(tmp_path / "run")
+    spoil(photos)
+    capsys.readouterr()
+    assert main(command) == 2
+    said = capsys.readouterr()
+    assert words in said.err and "go back to the old value" in said.err and not said.out.count("accuracy")
+    assert everything(tmp_path / "run") == before
+
+
+def test_files_that_only_moved_are_the_same_data(photos, common, capsys):
+    assert main(["train", "coop", str(photos), *common, "--out", "run"]) == 0
+    for file in (photos / "test" / "red").iterdir():
+        file.rename(file.with_name(f"moved {file.name}"))
+    assert main(["train", "coop", str(photos), *common, "--out", "run"]) == 0
+
+
+def test_changed_descriptions_are_noticed(photos, common, capsys, tmp_path):
+    entries = {name: [f"a {name} picture"] for name in ("dark blue", "green", "red", "yellow")}
+    (tmp_path / "said.json").write_text(json.dumps(entries))
+    command = ["train", "dualpt", str(photos), *common, "--descriptions", "said.json", "--out", "run"]
+    assert main(command) == 0
+    (tmp_path / "said.json").write_text(json.dumps(entries | {"red": ["something else"]}))
+    assert main(command) == 2
+    assert "descriptions_contents = sha256 " in capsys.readouterr().err
+
+
+def test_a_second_process_on_a_run_names_the_first(photos, common, capsys, tmp_path):
+    program = "import sys; from fastprompt.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = ["train", "coop", str(photos), *common, "--epochs", "1000000", "--out", "run"]
+    first = subprocess.Popen([sys.executable, "-c", program, *command], stderr=subprocess.PIPE)
+    while not (tmp_path / "run" / "config.json").exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    assert main(command) == 2
+    assert f"but process {first.pid} on " in capsys.readouterr().err
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert Path("run", LOCK).exists()
+    assert main([*command[:-4], "--epochs", "3", "--out", "run"]) == 2
+    assert "epochs = 1000000, but now epochs = 3" in capsys.readouterr().err
+    with locked(tmp_path / "run"):  # the lock of a killed process is nobody's
+        pass
