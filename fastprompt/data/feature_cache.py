@@ -1,30 +1,35 @@
 """Features of images on disk, so that a frozen image tower sees each image once."""
 
 import hashlib
+import itertools
 import logging
 import os
+import shutil
 import stat
-import uuid
+import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from fastprompt.data.reading import default_workers
+from fastprompt.data.shards import Shard, damaged, write_shard
 from fastprompt.errors import InputError
+from fastprompt.files import locked
 from fastprompt.progress import progress_bar, say_line
 
 SHARD_ROWS = 256
 """Images in a full shard: at most this many (and one batch) are encoded again after a kill."""
 
-_ROWS = "sha256 of rows"  # metadata entry of a shard: hex digests of the image files, separated by spaces
+FORMAT = "shards with checksums"  # caches of another format have other names
+SAID_BYTES = 1e9  # features that take more on the disk are announced
 _log = logging.getLogger(__name__)
 
 Images = TypeVar("Images", bound=Sized)
@@ -49,17 +54,23 @@ class CachedFeatures:
     """Features of n images that stay on disk until they are asked for.
 
     Attributes:
-        shards: Named tensors of each shard, memory-mapped.
+        shards: Where they are.
         shard: (n,) int64, the shard of each image.
         row: (n,) int64, its row there.
     """
 
-    shards: Sequence[dict[str, Tensor]]
+    shards: Sequence[Shard]
     shard: Tensor
     row: Tensor
 
     def __len__(self) -> int:
         return len(self.row)
+
+    @cached_property
+    def checksum(self) -> int:
+        """CRC-32 of the rows' checksums, in order."""
+        places = zip(self.shard.tolist(), self.row.tolist(), strict=True)
+        return zlib.crc32(b"".join(self.shards[shard].checksums[row].to_bytes(4, "little") for shard, row in places))
 
     def rows(self, indices: Tensor) -> dict[str, Tensor]:
         """Gather features.
@@ -69,25 +80,28 @@ class CachedFeatures:
 
         Returns:
             Named tensors in memory with B rows each, in the order asked for.
+
+        Raises:
+            InputError: If a file of the cache was damaged; it is read when it is asked for, and never mapped.
         """
         shard, row = self.shard[indices], self.row[indices]
         out = {
-            name: torch.empty((len(row), *stored.shape[1:]), dtype=stored.dtype)
-            for name, stored in self.shards[0].items()
+            name: torch.empty((len(row), *column.shape), dtype=column.dtype)
+            for name, column in self.shards[0].columns.items()
         }
         for number in shard.unique().tolist():
             here = (shard == number).nonzero().squeeze(1)
-            for name, stored in self.shards[number].items():
-                out[name][here] = stored.index_select(0, row[here])
+            for name, read in self.shards[number].rows(row[here].tolist()).items():
+                out[name][here] = read
         return out
 
 
 class FeatureCache:
     """A folder of feature shards; one row an image, found by the SHA-256 of the image file's content.
 
-    A shard is a safetensors file of about 256 rows, written once under a name of its own and renamed into place; its
-    metadata lists the digests of its rows. There is no other index, so nothing can disagree, processes may share a
-    folder, and a process that is killed loses only the shard that it was filling.
+    A shard is a safetensors file of about 256 rows, written once; its metadata lists digests and checksums of its rows.
+    There is no other index, so nothing can disagree, and a process that is killed loses only the shard that it was
+    filling. One process at a time fills a cache: others that lack images wait, and find them then.
 
     Args:
         folder: Parent folder of all caches, for example ``default_cache_dir()``.
@@ -96,9 +110,8 @@ class FeatureCache:
     """
 
     def __init__(self, folder: str | Path, key: str) -> None:
-        self.folder = Path(folder).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:32]
-        self._shards: list[dict[str, Tensor]] = []
-        self._read: set[str] = set()  # file names of the shards above
+        self.folder = Path(folder).expanduser() / hashlib.sha256(f"{FORMAT} {key}".encode()).hexdigest()[:32]
+        self._shards: dict[str, Shard] = {}  # by file name
         self._places: dict[str, tuple[int, int]] = {}  # digest -> shard, row
 
     def load(
@@ -126,22 +139,25 @@ class FeatureCache:
             what: What the images are, for the bar: "test images", for instance.
 
         Raises:
-            InputError: If an image cannot be read, or a shard is damaged.
+            InputError: If an image cannot be read, a shard is damaged, or the disk has no room for the features.
         """
         if batch_size < 1:
             raise InputError(f"image batch: expected at least 1 image, got {batch_size}")
         if not paths:
             raise InputError("feature cache: expected at least one image, got none")
         digests = hash_files(paths, workers=workers, progress=progress)
-        self._read_new_shards()
-        missing = {digest: path for digest, path in zip(digests, paths, strict=True) if digest not in self._places}
-        _log.info("%s: %d images, %d of them to encode", self.folder, len(set(digests)), len(missing))
-        if missing:
-            batches = _batches(list(missing.values()), read, batch_size)
-            self._encode(missing, batches, encode, progress, what)
-            self._read_new_shards()
+        self._open_new_shards()
+        if not self._places.keys() >= set(digests):
+            with locked(self.folder, wait=True):
+                self._open_new_shards()  # of a process that was waited for
+                missing = dict(zip(digests, paths, strict=True))
+                missing = {digest: path for digest, path in missing.items() if digest not in self._places}
+                _log.info("%s: %d images, %d of them to encode", self.folder, len(set(digests)), len(missing))
+                if missing:
+                    self._encode(missing, _batches(list(missing.values()), read, batch_size), encode, progress, what)
+                    self._open_new_shards()
         places = torch.tensor([self._places[digest] for digest in digests])  # (n, 2)
-        return CachedFeatures(tuple(self._shards), *places.unbind(1))
+        return CachedFeatures(tuple(self._shards.values()), *places.unbind(1))
 
     def _encode(
         self, missing: dict[str, Path], batches: Iterator[Images], encode: Encode, progress: bool, what: str
@@ -153,26 +169,44 @@ class FeatureCache:
             with progress_bar(what=f"encoding {what}", shown=progress, total=len(digests), unit="image") as bar:
                 say_line(f"encoding {len(digests)} {what}", bar, shown=progress)
                 for images in batches:
-                    shard.add(digests[done : done + len(images)], encode(images))
+                    features = encode(images)
+                    if not done:
+                        self._check_space(features, len(digests), what, bar, progress)
+                    shard.add(digests[done : done + len(images)], features)
                     done += len(images)
                     bar.update(len(images))
         finally:
             shard.flush()
 
-    def _read_new_shards(self) -> None:
+    def _check_space(self, features: dict[str, Tensor], images: int, what: str, bar: tqdm, progress: bool) -> None:
+        """Say what the features will take on the disk if that is much, and refuse what it has no room for."""
+        needed = images * sum(tensor.nbytes // max(len(tensor), 1) for tensor in features.values())
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise InputError(
+                f"feature cache {self.folder}: expected {needed / 1e9:.2f} GB for the features of {images} {what}, got "
+                f"{free / 1e9:.2f} GB of free disk: choose another --cache-dir, or --no-cache"
+            )
+        if progress and needed > SAID_BYTES:
+            bar.write(f"features of {images} {what}: {needed / 1e9:.1f} GB in {self.folder}", file=sys.stderr)
+
+    def _open_new_shards(self) -> None:
         for path in sorted(self.folder.glob("*.safetensors")):
-            if path.name in self._read:
+            if path.name in self._shards:
                 continue
-            tensors, digests = _read_shard(path)
-            for row, digest in enumerate(digests):
+            shard = Shard.open(path, self.folder.name)
+            for first in itertools.islice(self._shards.values(), 1):
+                kinds = [{name: column.kind for name, column in one.columns.items()} for one in (first, shard)]
+                if kinds[0] != kinds[1]:
+                    raise damaged(path, f"its features have other shapes or types than those of {first.path.name}")
+            for row, digest in enumerate(shard.digests):
                 self._places[digest] = (len(self._shards), row)
-            self._shards.append(tensors)
-            self._read.add(path.name)
+            self._shards[path.name] = shard
 
 
 @dataclass
 class _ShardWriter:
-    """Collects rows and writes them as shards."""
+    """Collects rows and writes them as shards, which are numbered."""
 
     folder: Path
     pending: list[tuple[list[str], dict[str, Tensor]]] = field(default_factory=list)
@@ -186,34 +220,17 @@ class _ShardWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending under a temporary name, then rename: a reader sees whole shards only."""
+        """Write what is pending."""
         if not self.pending:
             return
         digests = [digest for rows, _ in self.pending for digest in rows]
         tensors = {name: torch.cat([features[name] for _, features in self.pending]) for name in self.pending[0][1]}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        unfinished = path.with_suffix(".unfinished")
-        try:
-            save_file(tensors, unfinished, metadata={_ROWS: " ".join(digests)})
-            unfinished.replace(path)
-            self.pending = []
-        finally:
-            unfinished.unlink(missing_ok=True)
+        path = next(path for path in map(self._path, itertools.count()) if not path.exists())
+        write_shard(path, self.folder.name, digests, tensors)
+        self.pending = []
 
-
-def _read_shard(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Read the header of a shard; the tensors stay on disk (memory-mapped)."""
-    advice = "delete the file, and its images are encoded again"
-    try:
-        with safe_open(path, framework="pt", device="cpu") as shard:
-            digests = (shard.metadata() or {}).get(_ROWS, "").split()
-            tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"feature cache {path}: is damaged ({error}); {advice}") from error
-    if not tensors or any(len(tensor) != len(digests) for tensor in tensors.values()):
-        raise InputError(f"feature cache {path}: is damaged (it does not list one image a row); {advice}")
-    return tensors, digests
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:06}.safetensors"
 
 
 def hash_files(paths: Sequence[Path], *, workers: int | None = None, progress: bool = True) -> list[str]:

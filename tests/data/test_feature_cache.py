@@ -1,4 +1,9 @@
+import os
+import random
 import re
+import shutil
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -7,6 +12,7 @@ import torch
 
 from fastprompt.data import FeatureCache, ImageTransform, default_cache_dir, feature_cache, load_image, read_batch
 from fastprompt.errors import InputError
+from fastprompt.files import TEMPORARY, locked, write_tensors
 from tests.data.images_on_disk import write_image
 
 HALF = (0.5, 0.5, 0.5)
@@ -17,15 +23,16 @@ READ = partial(read_batch, transform=TRANSFORM)
 class CountingEncoder:
     """Counts images; optionally fails in a call."""
 
-    def __init__(self, failure=None, fails_at=None):
+    def __init__(self, failure=None, fails_at=None, encode=None):
         self.images, self.calls, self.failure, self.fails_at = 0, 0, failure, fails_at
+        self.encode = encode or globals()["encode"]
 
     def __call__(self, images):
         self.calls += 1
         if self.calls == self.fails_at:
             raise self.failure
         self.images += len(images)
-        return encode(images)
+        return self.encode(images)
 
 
 def encode(images):
@@ -126,43 +133,133 @@ def test_what_was_encoded_before_an_interruption_is_kept(load, paths, tmp_path, 
     features, encoded = load(paths)
     assert encoded == 23 - 3 * 4  # a full shard of 8 and a partly filled one of 4
     torch.testing.assert_close(features.rows(torch.arange(23)), direct(paths), rtol=0, atol=0)
-    assert not list(tmp_path.rglob("*.unfinished"))
+    assert {path.suffix for path in (tmp_path / "cache").glob("*/*")} == {".safetensors"}
 
 
 def test_an_interruption_while_writing_leaves_no_shard_and_loses_nothing(load, paths, tmp_path, monkeypatch):
-    written = []
+    fsync, calls = os.fsync, []
 
-    def interrupted_once(tensors, path, metadata):
-        written.append(path)
-        path.write_bytes(b"half a sha")
-        if len(written) == 1:
+    def interrupted_once(descriptor):
+        fsync(descriptor)
+        if calls.append(descriptor) or len(calls) == 1:
             raise KeyboardInterrupt
-        save_file(tensors, path, metadata=metadata)
 
-    save_file = feature_cache.save_file
-    monkeypatch.setattr(feature_cache, "save_file", interrupted_once)
+    monkeypatch.setattr(os, "fsync", interrupted_once)
     with pytest.raises(KeyboardInterrupt):
         load(paths)
     assert load(paths)[1] == 23 - 8
-    assert not list(tmp_path.rglob("*.unfinished"))
+    assert {path.suffix for path in (tmp_path / "cache").glob("*/*")} == {".safetensors"}
 
 
-def test_files_of_a_killed_process_are_ignored(load, paths, tmp_path):
+def test_unfinished_files_of_a_killed_process_are_swept(load, paths, tmp_path):
     load(paths[:4])
-    (shards(tmp_path)[0].parent / "0123.unfinished").write_bytes(b"half a shard")
+    (shards(tmp_path)[0].parent / f".000001.safetensors.0123{TEMPORARY}").write_bytes(b"half a shard")
     assert load(paths)[1] == 19
+    assert {path.suffix for path in (tmp_path / "cache").glob("*/*")} == {".safetensors"}
 
 
-def test_two_writers_at_once_do_not_disturb_each_other(load, paths):
-    class Reentrant(CountingEncoder):
-        def __call__(self, images):
-            if self.calls == 1:
-                load(paths)  # another process fills the same cache meanwhile
-            return super().__call__(images)
+def test_who_waited_for_another_process_finds_its_features(load, paths, tmp_path, caplog):
+    folder = FeatureCache(tmp_path / "cache", "key").folder
+    outcome = []
+    with locked(folder):
+        second = threading.Thread(target=lambda: outcome.append(load(paths)))
+        second.start()
+        while f"waiting for process {os.getpid()} on" not in caplog.text:
+            assert second.is_alive()
+            time.sleep(0.01)
+        writer = feature_cache._ShardWriter(folder)
+        writer.add(feature_cache.hash_files(paths, progress=False), encode(READ(paths)))
+    second.join()
+    assert outcome[0][1] == 0
+    torch.testing.assert_close(outcome[0][0].rows(torch.arange(23)), direct(paths), rtol=0, atol=0)
 
-    features, _ = load(paths, encoder=Reentrant())
-    torch.testing.assert_close(features.rows(torch.arange(23)), direct(paths), rtol=0, atol=0)
-    assert load(paths)[1] == 0
+
+def test_what_is_cached_needs_no_lock(load, paths, tmp_path):
+    load(paths)
+    with locked(FeatureCache(tmp_path / "cache", "key").folder):
+        assert load(paths)[1] == 0
+
+
+def test_any_flipped_bit_is_noticed_or_does_not_matter(load, paths, tmp_path):
+    """In bytes all over the file: of the header, of digests and checksums, of features."""
+    expected = load(paths[:8])[0].rows(torch.arange(8))
+    (shard,) = shards(tmp_path)
+    whole, noticed = shard.read_bytes(), 0
+    for place in random.Random(0).sample(range(len(whole)), 200):
+        broken = bytearray(whole)
+        broken[place] ^= 1 << place % 8
+        shard.write_bytes(broken)
+        try:
+            features, encoded = load(paths[:8])
+            rows = features.rows(torch.arange(8))
+        except InputError as error:
+            assert f"feature cache {shard}: is damaged" in str(error)
+            noticed += 1
+        else:
+            assert all(torch.equal(rows[name], tensor) for name, tensor in expected.items())
+            for later in shards(tmp_path)[1:]:  # what a broken digest hid was encoded anew
+                assert encoded
+                later.unlink()
+    assert noticed > 100
+
+
+def test_a_file_that_was_cut_short_after_it_was_opened_is_an_error(load, paths, tmp_path):
+    features, _ = load(paths)
+    for shard in shards(tmp_path):
+        os.truncate(shard, shard.stat().st_size // 2)
+    with pytest.raises(InputError, match=r"is damaged .it was cut short.; delete the file"):
+        features.rows(torch.arange(23))
+    for shard in shards(tmp_path):
+        shard.unlink()
+    with pytest.raises(InputError, match=r"is damaged .No such file or directory."):
+        features.rows(torch.arange(23))
+
+
+def test_a_file_of_another_cache_is_refused(load, paths, tmp_path):
+    load(paths[:4])
+    (first,) = shards(tmp_path)
+    load(paths[:4], key="other")
+    (other,) = set(shards(tmp_path)) - {first}
+    other.replace(first)
+    with pytest.raises(InputError, match=r"is damaged .it belongs to another cache"):
+        load(paths[:4])
+
+
+def test_features_of_another_width_are_refused(load, paths):
+    load(paths[:4])
+    wider = lambda images: encode(torch.cat([images, images], dim=1))  # noqa: E731
+    with pytest.raises(InputError, match=r"is damaged .its features have other shapes or types than those of 000000"):
+        load(paths, encoder=CountingEncoder(encode=wider))
+
+
+def test_equal_bits_have_equal_checksums_and_others_not(load, paths):
+    assert load(paths)[0].checksum == load(paths)[0].checksum == load(paths, key="again", batch_size=7)[0].checksum
+    assert load(paths[::-1])[0].checksum != load(paths)[0].checksum
+    nudged = CountingEncoder(encode=lambda images: {**encode(images), "pooled": images.mean(dim=(2, 3)) + 1e-7})
+    assert load(paths, key="nudged", encoder=nudged)[0].checksum != load(paths)[0].checksum
+
+
+def test_what_features_take_is_said_before_they_are_written(tmp_path, paths, monkeypatch, capsys):
+    bytes_a_row = 3 * 4 + 3 * 16 * 2
+    monkeypatch.setattr(feature_cache, "SAID_BYTES", 23 * bytes_a_row - 1)
+    FeatureCache(tmp_path / "a", "key").load(paths, encode, READ)
+    assert f"features of 23 images: 0.0 GB in {tmp_path / 'a'}" in capsys.readouterr().err
+    monkeypatch.setattr(feature_cache, "SAID_BYTES", 23 * bytes_a_row)
+    FeatureCache(tmp_path / "b", "key").load(paths, encode, READ)
+    assert "GB in" not in capsys.readouterr().err
+
+
+def test_a_disk_without_room_is_said_and_nothing_is_written(tmp_path, paths, load, monkeypatch):
+    free = 23 * (3 * 4 + 3 * 16 * 2)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=free - 1))
+    with pytest.raises(
+        InputError, match=r"expected 0.00 GB for the features of 23 images, got 0.00 GB of free disk: choo"
+    ):
+        load(paths)
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=free))
+    assert load(paths)[1] == 23
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, -1])
@@ -179,21 +276,9 @@ def test_a_damaged_shard_is_named(load, paths, tmp_path, keep):
 
 def test_a_shard_that_does_not_list_its_rows_is_refused(load, paths, tmp_path):
     load(paths[:4])
-    feature_cache.save_file({"pooled": torch.zeros(2, 3)}, shards(tmp_path)[0], metadata={})
+    write_tensors(shards(tmp_path)[0], {"pooled": torch.zeros(2, 3)})
     with pytest.raises(InputError, match="is damaged"):
         load(paths)
-
-
-def test_rows_come_from_mapped_files_not_from_memory(load, paths, tmp_path):
-    features, _ = load(paths)
-    before = features.rows(torch.arange(23))["pooled"]
-    for shard in shards(tmp_path):  # overwrite the data in place: a copy in memory would not notice
-        size, header = shard.stat().st_size, int.from_bytes(shard.read_bytes()[:8], "little")
-        with shard.open("r+b") as file:
-            file.seek(8 + header)
-            file.write(bytes(size - 8 - header))
-    assert before.any()
-    assert not features.rows(torch.arange(23))["pooled"].any()
 
 
 def test_bad_arguments(tmp_path, paths):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from PIL import Image
 
 from fastprompt.cli import main
 from fastprompt.files import LOCK, locked
+from fastprompt.training import RunFolder
 from tests.experiment.conftest import write_images
 
 
@@ -94,3 +96,21 @@ def test_a_second_process_on_a_run_names_the_first(photos, common, capsys, tmp_p
     assert "epochs = 1000000, but now epochs = 3" in capsys.readouterr().err
     with locked(tmp_path / "run"):  # the lock of a killed process is nobody's
         pass
+
+
+def test_a_cache_that_was_filled_in_other_batches_is_noticed_on_resume(photos, common, caplog, tmp_path, monkeypatch):
+    command = ["train", "coop", str(photos), *common, "--out", "run"]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_model", interrupt)
+        assert main(command) == 130
+        assert main([*command, "--image-batch", "1"]) == 130
+        assert "last bits" not in caplog.text  # the features are those of before
+        shutil.rmtree(tmp_path / "cache")
+    assert main([*command, "--image-batch", "1"]) == 0
+    assert (
+        "run goes on, but may end with other last bits than unstopped: origin was cached features with" in caplog.text
+    )
