@@ -60,7 +60,7 @@ class RunFolder:
             InputError: The folder holds a run with another config, or something that is not a run.
         """
         path, config = Path(path), json.loads(json.dumps(config, default=str))
-        if _is_run(path):
+        if is_run(path):
             run = cls.open(path)
             run._check_config(config)
             return run
@@ -78,7 +78,7 @@ class RunFolder:
             InputError: There is no run, or its config.json is damaged.
         """
         path = Path(path)
-        if not _is_run(path):
+        if not is_run(path):
             raise InputError(f"{path} must be a run folder, with {CONFIG} and {ENVIRONMENT} in it, and it is not")
         return cls(path, _parse(path / CONFIG, (path / CONFIG).read_bytes()))
 
@@ -93,7 +93,7 @@ class RunFolder:
             yield
             return
         with locked(self.path):
-            if _is_run(self.path):
+            if is_run(self.path):
                 self._take_over()
             self._locked = True
             try:
@@ -211,7 +211,7 @@ class RunFolder:
     def _writing(self) -> Iterator[None]:
         """Lock the folder, and make it a run if it is none yet."""
         with self.locked():
-            if not _is_run(self.path):
+            if not is_run(self.path):
                 # config.json comes second: where it is, the folder is a run.
                 write_file(self.path / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
                 write_file(self.path / CONFIG, json.dumps(self.config, indent=2) + "\n")
@@ -224,7 +224,8 @@ def epoch_metrics(run: RunFolder) -> list[EpochMetrics]:
     return [EpochMetrics(**{name: value for name, value in line.items() if name != "kind"}) for line in lines]
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
+    """Whether a folder holds a run: finished, unfinished or damaged."""
     return (path / CONFIG).is_file() and (path / ENVIRONMENT).is_file()
 
 
