@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import signal
 import sys
 from collections.abc import Sequence
@@ -223,7 +222,6 @@ def _recipes(action: ListRecipes | ShowRecipe | CopyRecipe) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
-    logging.getLogger("fastprompt.backbone.memory").setLevel(logging.INFO)  # what a training step will take
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments == ["--version"]:
         print(f"fastprompt {__version__}")

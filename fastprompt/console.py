@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TypeVar
 
-from fastprompt.errors import InputError, sentence
+from fastprompt.errors import LONGEST, InputError, sentence
 
 PREFIX = "fastprompt: error: "
 T = TypeVar("T")
@@ -22,12 +22,12 @@ T = TypeVar("T")
 
 def explained(error: Exception) -> str | None:
     """The line that stands for an error that is no fault of the program; None where it is one."""
-    if isinstance(error, InputError | OSError):
-        return PREFIX + sentence(error)
-    # torch raises its own error on a GPU, and a RuntimeError on a CPU
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate" in str(error)):
-        return PREFIX + "not enough memory: " + sentence(error, 200)
-    return None
+    # torch raises an error of its own on a GPU, and a RuntimeError on a CPU
+    memory = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate" in str(error))
+    if not memory and not isinstance(error, InputError | OSError):
+        return None
+    begin = PREFIX + ("not enough memory: " if memory else "")
+    return begin + sentence(error, LONGEST - len(begin))
 
 
 def parsed(parse: Callable[[], T]) -> T:
@@ -58,6 +58,9 @@ def quiet_others() -> Iterator[None]:
     """
     root, handler = logging.getLogger(), _Handler()
     root.addHandler(handler)
+    memory = logging.getLogger("fastprompt.backbone.memory")  # says what a training step will take
+    level = memory.level
+    memory.setLevel(logging.INFO)
     logging.captureWarnings(True)
     try:
         yield
@@ -66,6 +69,7 @@ def quiet_others() -> Iterator[None]:
             handler.held.clear()
         raise
     finally:
+        memory.setLevel(level)
         logging.captureWarnings(False)
         root.removeHandler(handler)
         for message in handler.held:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import reprlib
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
@@ -160,6 +161,18 @@ def check_type(value: Any, hint: Any, where: str) -> None:
         for prefix in ("collections.abc.", "typing."):
             expected = expected.replace(prefix, "")
         raise InputError(f"{where}: expected {expected}, got {short(value)}") from error
+
+
+def check_number(value: Any, where: str) -> None:
+    """Raise ``InputError`` where a number, or one of a list, is not finite or does not fit into 64 bits.
+
+    Values that are no numbers pass.
+    """
+    for one in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(one, int) and not -(2**63) <= one < 2**63:
+            raise InputError(f"{where}: expected a whole number of at most 64 bits, got {short(one)}")
+        if isinstance(one, float) and not math.isfinite(one):
+            raise InputError(f"{where}: expected a finite number, got {one}")
 
 
 def short(value: Any) -> str:

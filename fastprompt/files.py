@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import socket
@@ -14,9 +13,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO
 
+import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from fastprompt.documents import check_file
 from fastprompt.errors import InputError
 
 try:
@@ -62,24 +63,28 @@ def write_file(file: Path, content: bytes | str) -> None:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors, on any device, and strings in the safetensors format, as ``replacing`` does.
-
-    The same tensors and strings give the same bytes.
-    """
-    with replacing(file) as temporary, temporary.open("wb") as opened:
-        opened.writelines(tensor_bytes(tensors, metadata or {}))
-
-
-def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, memoryview]:
-    """Make the content of a safetensors file: its header, and the tensors."""
+    """Write tensors, on any device, and strings in the safetensors format, as ``replacing`` does."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = safetensors.torch.save(on_cpu, dict(metadata))
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(metadata.items()))  # the library writes them in an order of its own every time
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, memoryview(content)[end:]
+    # Not by save_file, which has temporary files and an error of its own.
+    write_file(file, safetensors.torch.save(on_cpu, dict(metadata or {})))
+
+
+def read_tensors(file: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read all tensors of a safetensors file, on the CPU, and its metadata.
+
+    Args:
+        file: the file.
+        what: how messages call it, such as "model".
+
+    Raises:
+        InputError: The file cannot be read as safetensors.
+    """
+    check_file(file, what)
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except Exception as error:  # over a damaged file the reader stumbles in more ways than SafetensorError
+        raise InputError(f"{what} {file}: expected a safetensors file, got one that is damaged ({error})") from error
 
 
 @contextmanager
@@ -103,6 +108,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
         for left in folder.glob(f".*{TEMPORARY}"):
             left.unlink()
     except OSError as error:
+        _remove_empty(made)
         raise _cannot_write(folder, error) from error
     try:
         yield
@@ -124,15 +130,24 @@ def _take(folder: Path, wait: bool, made: list[Path]) -> IO[str]:
         try:
             _flock(lock, folder, wait)
             if (folder / LOCK).exists() and os.path.samestat(os.fstat(lock.fileno()), (folder / LOCK).stat()):
-                lock.truncate(0)
-                now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-                lock.write(f"process {os.getpid()} on {socket.gethostname()} since {now}")
-                lock.flush()
+                _sign(lock)
                 return lock
         except BaseException:
             lock.close()
             raise
         lock.close()  # of a file that its holder removed meanwhile
+
+
+def _sign(lock: IO[str]) -> None:
+    """Write into a lock who holds it; on a full disk it goes again."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    try:
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {now}")
+        lock.flush()
+    except OSError:
+        Path(lock.name).unlink(missing_ok=True)
+        raise
 
 
 def _flock(lock: IO[str], folder: Path, wait: bool) -> None:

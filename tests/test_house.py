@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 ROOMS = [
     "kernels",
     "errors",
-    "files",
     "documents",
+    "files",
     "version",
     "progress",
     "backbone",

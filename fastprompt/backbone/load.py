@@ -5,23 +5,26 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
 from open_clip.pretrained import get_pretrained_cfg
 from open_clip.tokenizer import SimpleTokenizer
-from safetensors import SafetensorError
 from torch import nn
 
 from fastprompt.backbone.backbone import Backbone
 from fastprompt.backbone.memory import MemoryBudget
 from fastprompt.backbone.tokenizer import load_tokenizer, read_tokenizer
-from fastprompt.errors import InputError
+from fastprompt.documents import check_file, check_number, check_object, check_type, read_json, short
+from fastprompt.errors import InputError, listed
 
 PRECISIONS = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANDOM = "random"
 DEMO = "demo"
+LOCAL = "local-dir:"
 
 
 def load_backbone(
@@ -52,7 +55,7 @@ def load_backbone(
         InputError: unknown name, tag, device or precision; an activation that does not fit the weights; a tower that
             cannot be read.
     """
-    device = _device(device)
+    device = find_device(device)
     if precision not in (None, *PRECISIONS):
         raise InputError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     if name == DEMO:
@@ -63,44 +66,67 @@ def load_backbone(
     else:
         model, config = _load_open_clip(name, pretrained, cache_dir)
         tokenizer = load_tokenizer(name)
-    fingerprint = _fingerprint(model, config)  # before the precision is lowered, so that it names the weights alone
+    fingerprint = _fingerprint(model, config, name)  # of float32, so that it names the weights alone
     return Backbone(
         model.to(device, PRECISIONS[precision or "fp32"]),
         tokenizer,
         name=name,
         pretrained=pretrained,
         fingerprint=fingerprint,
-        preprocessing=open_clip.get_model_preprocess_cfg(model),
+        preprocessing=_preprocessing(model, name),
         memory_budget=memory_budget,
         cuda_graphs=cuda_graphs,
     )
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def find_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name, or by default CUDA if there is one, else the CPU.
+
+    Raises:
+        InputError: this machine has no such device, or it holds no numbers (meta).
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"device: expected a device of this machine such as 'cpu', got {device!r}: {reason}"
-        ) from error
-    return device
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    count = 0 if accelerator is None else torch.accelerator.device_count()
+    known = ["cpu", *([] if accelerator is None else [accelerator.type])]
+    known += [f"{accelerator.type}:{index}" for index in range(count)]
+    if str(device) not in known:
+        raise InputError(f"device: expected {' or '.join(known)}, got {short(str(device))}")
+    return torch.device(device)
 
 
 def _load_open_clip(name: str, pretrained: str | None, cache_dir: str | Path | None) -> tuple[nn.Module, dict]:
     """The open_clip model in float32 on the CPU, and its configuration."""
-    if not name.startswith(("hf-hub:", "local-dir:")):
+    if name.startswith(LOCAL):
+        _check_folder(Path(name.removeprefix(LOCAL)))
+    elif not name.startswith("hf-hub:"):
         _check_name(name, pretrained)
     try:
         model = open_clip.create_model(
-            name, None if pretrained == RANDOM else pretrained, cache_dir=None if cache_dir is None else str(cache_dir)
+            name,
+            None if pretrained == RANDOM else pretrained,
+            cache_dir=None if cache_dir is None else str(cache_dir),
+            require_pretrained=name.startswith((LOCAL, "hf-hub:")),  # it would start from random weights without a word
         )
-    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
-        raise InputError(f"backbone {name!r} with weights {pretrained!r} could not be loaded: {error}") from error
-    return model, open_clip.get_model_config(name) or {"name": name}
+        return model, open_clip.get_model_config(name) or {"name": name}
+    except Exception as error:  # over a configuration of another shape open_clip stumbles in many ways
+        raise InputError(
+            f"backbone {name!r} with weights {pretrained!r} could not be loaded ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise ``InputError`` unless a folder has a configuration and weights that can be read."""
+    if not folder.is_dir():
+        raise InputError(f"backbone folder {folder}: no such folder")
+    config = folder / "open_clip_config.json"
+    check_object(read_json(config, "backbone"), f"backbone {config}", ["model_cfg"])
+    weights = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pth")]
+    if not weights:
+        raise InputError(f"backbone folder {folder}: expected weights as a .safetensors file in it, got none")
+    for file in weights:
+        check_file(file, "backbone")
 
 
 def _check_name(name: str, pretrained: str | None) -> None:
@@ -112,10 +138,10 @@ def _check_name(name: str, pretrained: str | None) -> None:
         raise InputError(f"backbone {name!r} is not an architecture of open_clip: {hint}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None:
-        raise InputError(f"backbone {name!r} needs weights: pass pretrained as a file or one of {', '.join(tags)}")
+        raise InputError(f"backbone {name!r} needs weights: pass pretrained as a file or one of {listed(tags)}")
     tag = get_pretrained_cfg(name, pretrained)
     if pretrained != RANDOM and not tag and not Path(pretrained).is_file():
-        raise InputError(f"pretrained: {pretrained!r} is neither a file nor a tag of {name!r} ({', '.join(tags)})")
+        raise InputError(f"pretrained: {pretrained!r} is neither a file nor a tag of {name!r} ({listed(tags)})")
     if Path(pretrained).is_file() and not pretrained.endswith(".safetensors"):
         raise InputError(f"pretrained: expected a .safetensors file, got {pretrained!r}: other files are not unpickled")
     wants_quick_gelu = bool(tag.get("quick_gelu", False))
@@ -127,9 +153,23 @@ def _check_name(name: str, pretrained: str | None) -> None:
         )
 
 
-def _fingerprint(model: nn.Module, config: dict) -> str:
+def _preprocessing(model: nn.Module, name: str) -> dict[str, Any]:
+    """How pictures become its images, as its configuration has it."""
+    found = open_clip.get_model_preprocess_cfg(model)
+    hints = {"mean": Sequence[float], "std": Sequence[float], "interpolation": str, "resize_mode": str}
+    for key, hint in hints.items():
+        check_type(found.get(key), hint, f"backbone {name!r}: {key}")
+        check_number(found[key], f"backbone {name!r}: {key}")
+    return found
+
+
+def _fingerprint(model: nn.Module, config: dict, name: str) -> str:
+    """A hash of weights and configuration; ``InputError`` where a weight is no number."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for key, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().cpu().float().contiguous()
+        if not values.isfinite().all():
+            raise InputError(f"backbone {name!r}: expected finite weights, got NaN or infinity in {key}")
         digest.update(f"{key} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+        digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprompt.documents import check_file
 from fastprompt.errors import InputError
 
 # By method the tensors of its checkpoint, and how our learner calls them.
@@ -43,7 +44,19 @@ AXES = {
 
 
 class _Inert:
-    """Stands for a class that Dassl stored beside the tensors; takes its attributes and does nothing."""
+    """Stands for an object that was stored beside the tensors; takes its state and does nothing."""
+
+    def __new__(cls, *_arguments: object) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *_arguments: object) -> None: ...
+
+    def __setstate__(self, _state: object) -> None: ...
+
+
+def _inert(*_arguments: object) -> _Inert:
+    """Stands for a function that makes such an object."""
+    return _Inert()
 
 
 def _empty(_factory: object = None) -> dict:
@@ -52,19 +65,20 @@ def _empty(_factory: object = None) -> dict:
 
 
 # Dassl's warm-up scheduler holds the scheduler behind it, and that the optimizer: as objects, not as dictionaries.
-INERT = (
-    "torch.optim.lr_scheduler.CosineAnnealingLR",
-    "torch.optim.lr_scheduler.MultiStepLR",
-    "torch.optim.lr_scheduler.StepLR",
-    "torch.optim.adam.Adam",
-    "torch.optim.adamw.AdamW",
-    "torch.optim.sgd.SGD",
-)
+# Best accuracies are often NumPy's numbers.
+_BESIDE = [
+    f"{kind.__module__}.{kind.__qualname__}"
+    for module in (torch.optim, torch.optim.lr_scheduler)
+    for kind in vars(module).values()
+    if isinstance(kind, type)
+]
+_NUMPY = ("multiarray.scalar", "multiarray._reconstruct")
 HARMLESS = [
     argparse.Namespace,
     dict,
     (_empty, "collections.defaultdict"),  # of an optimizer's state, which torch's reader would refuse to fill
-    *((_Inert, name) for name in INERT),
+    *((_Inert, name) for name in (*_BESIDE, "numpy.dtype", "numpy.ndarray")),
+    *((_inert, f"numpy.{core}.{name}") for core in ("core", "_core") for name in _NUMPY),
 ]
 
 
@@ -97,7 +111,8 @@ def read_checkpoint(file: Path) -> Checkpoint:
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise InputError(f"{file} must be a checkpoint of CoOp, CoCoOp, KgCoOp or GalLoP, but it has no state_dict")
-    state = {str(name).removeprefix("module."): value for name, value in state.items()}
+    # Of torch's data parallelism, and of code that stores the whole model.
+    state = {str(name).removeprefix("module.").removeprefix("prompt_learner."): value for name, value in state.items()}
     method = _method(file, state)
     if missing := NAMES[method].keys() - state.keys():
         raise InputError(f"{file} is a checkpoint of {method} without the tensor {', '.join(sorted(missing))}")
@@ -107,8 +122,7 @@ def read_checkpoint(file: Path) -> Checkpoint:
 
 
 def _read(file: Path) -> Any:
-    if not file.is_file():
-        raise InputError(f"{file} must be a checkpoint, but there is no such file")
+    check_file(file, "checkpoint")
     try:
         with torch.serialization.safe_globals(HARMLESS):
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -123,12 +137,25 @@ def _read(file: Path) -> Any:
 def _tensor(file: Path, state: Mapping[str, Any], name: str) -> Tensor:
     """A tensor of a state_dict, with as many axes as the published code gives it."""
     axes, value = AXES.get(name, (1, 2)), state[name]
-    if not isinstance(value, Tensor) or value.dim() not in axes:
-        found = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    found = f"a {type(value).__name__}" if not isinstance(value, Tensor) else _unreadable(value)
+    if found is None and value.dim() not in axes:
+        found = f"of shape {tuple(value.shape)}"
+    if found is not None:
         raise InputError(
             f"{file} must hold {name} as a tensor with {' or '.join(map(str, axes))} axes, but it is {found}"
         )
     return value
+
+
+def _unreadable(tensor: Tensor) -> str | None:
+    """Why a tensor is not a plain array of floating-point numbers; None if it is one."""
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
+        return "sparse, nested, quantised or without values"
+    if not tensor.is_floating_point():
+        return f"of {tensor.dtype}"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"expanded to shape {tuple(tensor.shape)} without the values for it"
+    return None
 
 
 def _arguments(file: Path, args: object) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from fastprompt.experiment.config import BackboneConfig, Run
+from fastprompt.experiment.config import BackboneConfig, Config, Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class ImportConfig(BackboneConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig:
+class ExportConfig(Config):
     """Write the classifier of a run for use without this library."""
 
     run: Run
@@ -45,8 +45,6 @@ class ExportConfig:
     out: Path | None = None
     """.safetensors: a (C, D) matrix and the preprocessing. .onnx: images in, logits out. Default: head.safetensors
     in the run folder."""
-    force: bool = False
-    """Replace a file that exists and holds something else. A run's own files are never replaced."""
     class_names: tuple[str, ...] = ()
     """Other classes than those of the run."""
     device: str | None = None
@@ -54,7 +52,7 @@ class ExportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WordsConfig:
+class WordsConfig(Config):
     """Show the words whose token embeddings are nearest to each learned context token. They rarely mean anything."""
 
     run: Run

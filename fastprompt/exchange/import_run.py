@@ -6,8 +6,8 @@ import re
 from typing import Any
 
 from fastprompt.backbone import Backbone, load_backbone
-from fastprompt.data import hash_files, load_dataset, readable_name, select_classes
-from fastprompt.documents import read_text
+from fastprompt.data import load_dataset, readable_name, select_classes
+from fastprompt.documents import read_text, short
 from fastprompt.errors import InputError
 from fastprompt.exchange.checkpoint import Checkpoint, read_checkpoint
 from fastprompt.exchange.config import ImportConfig
@@ -23,8 +23,6 @@ SAME_EMBEDDING = 1e-2
 
 def import_run(config: ImportConfig, *, backbone: Backbone | None = None) -> RunFolder:
     """Read a checkpoint and write it as a finished run, which evaluate, predict, explain and export take.
-
-    A run that holds the same already stays as it is; any other one is refused.
 
     Args:
         config: what to read, and where its class names are.
@@ -46,7 +44,6 @@ def import_run(config: ImportConfig, *, backbone: Backbone | None = None) -> Run
     described = {
         "method": learner.method,
         "imported_from": config.file.resolve(),
-        "checkpoint": f"sha256 {hash_files([config.file], progress=False)[0][:16]}",
         "backbone": name,
         "pretrained": weights,
         "precision": config.precision,
@@ -55,14 +52,10 @@ def import_run(config: ImportConfig, *, backbone: Backbone | None = None) -> Run
         "keep_underscores": keep,
         "classes": config.classes,
         "zero_shot_template": DEFAULT_TEMPLATE,
-        "options": learner.options,
-        "class_names": class_names,
     }
     run = RunFolder.create_or_resume(config.out, described)
-    with run.locked():
-        if not run.complete:
-            weights_dir = None if config.weights_dir is None else str(config.weights_dir.resolve())
-            run.save_model(learner, {"options": learner.options, "weights_dir": weights_dir})
+    weights_dir = None if config.weights_dir is None else str(config.weights_dir.resolve())
+    run.save_model(learner, {"options": learner.options, "weights_dir": weights_dir})
     return run
 
 
@@ -123,9 +116,9 @@ def _options(checkpoint: Checkpoint, config: ImportConfig) -> dict[str, Any]:
     given = {"topk": [5, 10, 15, 20], "global_dropout_p": 0.75} | dict(checkpoint.arguments)
     k, dropout = given["topk"], given["global_dropout_p"]
     if not isinstance(k, list | tuple) or not all(isinstance(one, int) for one in k):
-        raise InputError(f"{checkpoint.file}: its training script must have had whole numbers as topk, not {k!r}")
+        raise InputError(f"{checkpoint.file}: its training script must have had whole numbers as topk, not {short(k)}")
     if not isinstance(dropout, int | float):
-        raise InputError(f"{checkpoint.file}: its training script must have had a share to drop, not {dropout!r}")
+        raise InputError(f"{checkpoint.file}: its training script must have had a share to drop, not {short(dropout)}")
     k = list(k) * local if len(k) == 1 else list(k)
     if len(k) != local:
         raise InputError(f"{checkpoint.file} has {local} local prompts, but its training script was given topk = {k}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
+from fastprompt.documents import check_number, home_path
 from fastprompt.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,7 +23,23 @@ Run = Annotated[Positional[Path], arg(metavar="RUN")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackboneConfig:
+class Config:
+    """What all of them share: numbers that are numbers and fit into 64 bits, and paths without ``~``.
+
+    Raises:
+        InputError: a number is not finite or too large, or a path names an unknown user.
+    """
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            check_number(value, setting.name)
+            if isinstance(value, Path):
+                object.__setattr__(self, setting.name, home_path(value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig(Config):
     """Which frozen model, and where it runs."""
 
     backbone: str = "ViT-B-16-quickgelu"
@@ -35,23 +52,19 @@ class BackboneConfig:
     """Precision of the frozen weights; learned tensors are always float32."""
     weights_dir: Path | None = None
     """Where downloaded weights are kept. Default: open_clip's own folder."""
-    memory_budget: int | Literal["auto"] = "auto"
-    """Bytes that the text encoder may take; what does not fit is encoded in pieces. auto: half of the free memory."""
-    cuda_graphs: bool = True
-    """On a GPU, replay passes of the text encoder that repeat. The memory of up to two stays taken."""
 
     def backbone_and_weights(self) -> tuple[str, str | None]:
         """Name and weights of the backbone, with absolute paths: a run is used from other folders, too."""
         name, weights = self.backbone, self.pretrained
         if name.startswith(LOCAL):
-            name = f"{LOCAL}{Path(name.removeprefix(LOCAL)).expanduser().resolve()}"
+            name = f"{LOCAL}{home_path(name.removeprefix(LOCAL)).resolve()}"
         if weights is not None and Path(weights).is_file():
             weights = str(Path(weights).resolve())
         return name, weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureConfig:
+class FeatureConfig(Config):
     """How images become features."""
 
     cache: bool = True
@@ -63,7 +76,7 @@ class FeatureConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Config):
     """Which images."""
 
     data: Data
@@ -75,7 +88,17 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExperimentConfig(DataConfig, BackboneConfig, FeatureConfig):
+class TextConfig(Config):
+    """How the text encoder shares out its work."""
+
+    memory_budget: int | Literal["auto"] = "auto"
+    """Bytes that the text encoder may take; what does not fit is encoded in pieces. auto: half of the free memory."""
+    cuda_graphs: bool = True
+    """On a GPU, replay passes of the text encoder that repeat. The memory of up to two stays taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig(DataConfig, TextConfig, BackboneConfig, FeatureConfig):
     """What every method is asked for. ``methods.train_config`` adds the options of one."""
 
     method: ClassVar[str]
@@ -92,6 +115,7 @@ class ExperimentConfig(DataConfig, BackboneConfig, FeatureConfig):
     """Run folder. Default: runs/DATASET/METHOD/BACKBONE/... An unfinished run there is resumed."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.recipe != self.made_for:
             raise InputError(f"recipe: this configuration was made for {self.made_for!r}, got {self.recipe!r}")
 
@@ -113,10 +137,10 @@ class ExperimentConfig(DataConfig, BackboneConfig, FeatureConfig):
         elsewhere = {field.name for field in fields(FeatureConfig)}
         elsewhere |= {"device", "weights_dir", "memory_budget", "cuda_graphs", "out", "image_memory"}
         chosen = {name: value for name, value in asdict(self).items() if name not in elsewhere}
-        chosen |= {name: path.expanduser().resolve() for name, path in chosen.items() if isinstance(path, Path)}
+        chosen |= {name: path.resolve() for name, path in chosen.items() if isinstance(path, Path)}
         chosen["backbone"], chosen["pretrained"] = self.backbone_and_weights()
         if self.recipe.endswith(".json"):
-            chosen["recipe"] = Path(self.recipe).expanduser().resolve()
+            chosen["recipe"] = home_path(self.recipe).resolve()
         settings = self.settings()
         return {"method": self.method, **chosen, **({} if settings is None else asdict(settings))}
 
@@ -190,7 +214,7 @@ class EvaluateConfig(FeatureConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig:
+class PredictConfig(Config):
     """Name what is on images."""
 
     run: Run
@@ -206,7 +230,7 @@ class PredictConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExplainConfig:
+class ExplainConfig(Config):
     """Draw the patches that speak for a class over the image.
 
     Of gallop those that each local prompt kept, of sot-glp those that take part in the transport, and of the other

@@ -10,6 +10,7 @@ import torch
 
 from fastprompt.backbone import Backbone, load_backbone
 from fastprompt.data import Dataset, LabelledImages, few_shot, load_dataset, select_classes
+from fastprompt.documents import check_type
 from fastprompt.evaluation import Row, base_to_new, evaluate_accuracy
 from fastprompt.experiment.augmentation import training_source
 from fastprompt.experiment.config import ExperimentConfig, TrainConfig
@@ -161,7 +162,8 @@ def _test(
 
 def results_table(run: RunFolder, dataset: str) -> Table:
     """The test results in a run folder."""
-    results = run.metrics(EVALUATION)[-1]["results"]
+    results = run.metrics(EVALUATION)[-1].get("results")
+    check_type(results, dict[str, dict[str, float]], f"run {run.path}: results")
     measures = [name for name in MEASURES if all(name in result for result in results.values())]
     rows = tuple(Row(method, tuple(result[name] for name in measures)) for method, result in results.items())
     return Table(f"{dataset}: test images", tuple(MEASURES[name] for name in measures), rows, "Method")

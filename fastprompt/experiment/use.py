@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -11,15 +12,16 @@ from torch import Tensor
 
 from fastprompt.backbone import Backbone, ImageFeatures, load_backbone
 from fastprompt.data import find_images, load_dataset, load_image, select_classes
+from fastprompt.documents import build, check_object
 from fastprompt.errors import InputError
 from fastprompt.evaluation import Row, evaluate_accuracy, ood_detection
 from fastprompt.experiment.config import EvaluateConfig, ExplainConfig, PredictConfig
 from fastprompt.experiment.sources import feature_source, image_transform, split_of, unlabelled
 from fastprompt.learners import Learner, ZeroShot
-from fastprompt.learners.stored import rebuild
+from fastprompt.learners.stored import read_description, rebuild
 from fastprompt.report import MEASURES, Table, draw_selected_patches
 from fastprompt.training import RunFolder
-from fastprompt.training.run_folder import MODEL
+from fastprompt.training.run_folder import CONFIG, MODEL
 
 
 def load_run(path: str | Path, *, device: str | None = None, backbone: Backbone | None = None) -> Learner:
@@ -35,29 +37,48 @@ def load_run(path: str | Path, *, device: str | None = None, backbone: Backbone 
     """
     run = RunFolder.open(path)
     tensors, metadata = run.load_model()
-    backbone = backbone or load_backbone(
-        metadata["backbone"],
-        metadata["pretrained"],
-        device=device,
-        precision=run.config["precision"],
-        cache_dir=metadata["weights_dir"],
-    )
-    return rebuild(metadata, tensors, backbone, run.path / MODEL)
+    described = read_description(metadata, run.path / MODEL)
+    if backbone is None:
+        precision = _settings(run).precision
+        place = {"device": device, "precision": precision, "cache_dir": described.weights_dir}
+        backbone = load_backbone(described.backbone, described.pretrained, **place)
+    return rebuild(described, tensors, backbone, run.path / MODEL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What a finished run is used with, of its config.json."""
+
+    precision: str
+    keep_underscores: bool
+    data: str | None
+    split_file: str | None
+    template: str
+
+
+def _settings(run: RunFolder) -> _Settings:
+    """Read them; zero-shot has its template as an option, the other methods that of the row beside them."""
+    where = f"run {run.path / CONFIG}"
+    names = {field.name: field.name for field in fields(_Settings)}
+    if run.config.get("method") != ZeroShot.method:
+        names["template"] = "zero_shot_template"
+    check_object(run.config, where, names.values())
+    return build(_Settings, {name: run.config[stored] for name, stored in names.items()}, where)
 
 
 def evaluate_run(config: EvaluateConfig, *, progress: bool = True) -> Table:
     """Test a run, with zero-shot CLIP beside it."""
     run = RunFolder.open(config.run)
-    keep = run.config["keep_underscores"]
-    split_file = run.config["split_file"] if config.data is None else None
-    data = config.data or run.config["data"]
+    settings = _settings(run)
+    split_file = settings.split_file if config.data is None else None
+    data = config.data or settings.data
     if data is None:
         raise InputError(f"data: expected a data folder to test on, as {run.path} was imported without one")
-    dataset = load_dataset(data, split_file=split_file, keep_underscores=keep)
+    dataset = load_dataset(data, split_file=split_file, keep_underscores=settings.keep_underscores)
     images = select_classes(split_of(dataset, config.split), config.classes)
     unknown = None if config.ood is None else unlabelled(_images_in(config.ood, recursive=True))
     learner = load_run(config.run, device=config.device).with_class_names(images.class_names)
-    zero_shot = ZeroShot(learner.backbone, images.class_names, template=_template(run))
+    zero_shot = ZeroShot(learner.backbone, images.class_names, template=settings.template)
 
     source = feature_source(images, learner.backbone, config, progress=progress, what=f"{config.split} images")
     outside = (
@@ -77,10 +98,6 @@ def evaluate_run(config: EvaluateConfig, *, progress: bool = True) -> Table:
     columns = tuple(MEASURES[name] for name in measures)
     title = f"{dataset.name}: {len(images)} images ({config.split}), {len(images.class_names)} classes"
     return Table(title, columns, tuple(rows), "Method")
-
-
-def _template(run: RunFolder) -> str:
-    return run.config["template"] if run.config["method"] == ZeroShot.method else run.config["zero_shot_template"]
 
 
 def _images_in(folder: Path, *, recursive: bool = False) -> tuple[Path, ...]:

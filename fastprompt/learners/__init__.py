@@ -21,7 +21,7 @@ from fastprompt.learners.kgcoop import KgCoOp
 from fastprompt.learners.locoop import LoCoOp
 from fastprompt.learners.plot import PLOT
 from fastprompt.learners.prograd import ProGrad
-from fastprompt.learners.recipe import Recipe
+from fastprompt.learners.recipe import Recipe, check_options
 from fastprompt.learners.sot_glp import SOTGLP
 from fastprompt.learners.zero_shot import ZeroShot
 
@@ -77,5 +77,11 @@ def _letters(name: str) -> str:
 
 
 def make_learner(method: str, backbone: Backbone, class_names: Sequence[str], **options: object) -> Learner:
-    """Make the learner of a method by its name, as `find_method` reads it; ``options`` as in its class."""
-    return find_method(method)(backbone, class_names, **options)
+    """Make the learner of a method by its name, as `find_method` reads it; ``options`` as in its class.
+
+    Raises:
+        InputError: no such method, no such option, or one of another type or out of its range.
+    """
+    learner = find_method(method)
+    check_options(learner, options, learner.method)
+    return learner(backbone, class_names, **options)

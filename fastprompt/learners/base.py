@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 METHODS: dict[str, type[Learner]] = {}  # every method by its name, entered when its class is made
 
+MOST_PROMPTS = 10_000
 OOD_KINDS = ("mcm", "l-mcm", "gl-mcm")
 
 
@@ -233,6 +234,12 @@ def check_weight(name: str, weight: float) -> None:
         raise InputError(f"{name}: expected a finite number of at least 0, got {weight}")
 
 
+def check_prompts(name: str, prompts: int) -> None:
+    """Raise ``InputError`` unless a number of prompts is at least 1 and no slip of the keyboard."""
+    if not 1 <= prompts <= MOST_PROMPTS:
+        raise InputError(f"{name}: expected 1 to {MOST_PROMPTS:,}, got {prompts}")
+
+
 def initial_context(backbone: Backbone, context: int | str) -> Tensor:
     """The start of a learned context, (M, W) in float32.
 
@@ -241,8 +248,8 @@ def initial_context(backbone: Backbone, context: int | str) -> Tensor:
         context: words whose embeddings are the start, or a number of tokens to draw from N(0, 0.02^2), as in CoOp.
     """
     if isinstance(context, int):
-        if context < 1:
-            raise InputError(f"context: expected at least 1 token, got {context}")
+        if not 1 <= context <= backbone.context_length:
+            raise InputError(f"context: expected 1 to {backbone.context_length} tokens, got {context}")
         return 0.02 * torch.randn(context, backbone.text_width).to(backbone.device)
     words = backbone.embed_words(context).float()
     if not len(words):

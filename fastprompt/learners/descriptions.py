@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprompt.backbone import Backbone
+from fastprompt.documents import check_object, home_path, read_json, short
 from fastprompt.errors import InputError
 
 
@@ -27,14 +27,8 @@ def load_descriptions(file: str | Path, class_names: Sequence[str]) -> tuple[tup
     Raises:
         InputError: no such file, another content, or a class without an entry.
     """
-    try:
-        entries = json.loads(Path(file).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"descriptions {file}: no such file") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"descriptions {file}: cannot be read as JSON ({error})") from error
-    if not isinstance(entries, dict):
-        raise InputError(f"descriptions {file}: expected {{class name: [sentences]}}, got a {type(entries).__name__}")
+    entries = read_json(home_path(file), "descriptions")
+    check_object(entries, f"descriptions {file}")
     absent = [name for name in dict.fromkeys(class_names) if name not in entries]
     if absent:
         others = f" (nor for {len(absent) - 1} others)" if absent[1:] else ""
@@ -47,7 +41,7 @@ def load_descriptions(file: str | Path, class_names: Sequence[str]) -> tuple[tup
             or not all(isinstance(s, str) and s.strip() for s in sentences)
         ):
             raise InputError(
-                f"descriptions {file}: expected at least one sentence for class {name!r}, got {sentences!r}"
+                f"descriptions {file}: expected at least one sentence for class {name!r}, got {short(sentences)}"
             )
     return tuple(tuple(entries[name]) for name in class_names)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastprompt.backbone import Backbone, ImageFeatures
 from fastprompt.backbone.backbone import at_least_float32
 from fastprompt.errors import InputError
-from fastprompt.learners.base import Learner, Scores, initial_context
+from fastprompt.learners.base import Learner, Scores, check_prompts, initial_context
 from fastprompt.learners.recipe import Recipe
 
 CODE = "GalLoP's code, scripts/run_*.sh: ViT-B/16, 16 shots; other numbers of shots are not published"
@@ -146,8 +146,7 @@ class GalLoP(Learner):
 
 
 def _check(global_prompts: int, k: Sequence[int], dropout: float) -> None:
-    if global_prompts < 1:
-        raise InputError(f"global_prompts: expected at least 1, got {global_prompts}")
+    check_prompts("global_prompts", global_prompts)
     if not k or min(k) < 1:
         raise InputError(f"k: expected one number of patches of at least 1 per local prompt, got {tuple(k)}")
     if not 0 <= dropout <= 1:

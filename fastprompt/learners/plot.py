@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprompt.backbone import Backbone, ImageFeatures
-from fastprompt.errors import InputError
-from fastprompt.learners.base import Learner, Scores, initial_context
+from fastprompt.learners.base import Learner, Scores, check_prompts, initial_context
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.transport import Transport, transport_similarity
 
@@ -91,6 +90,5 @@ class PLOT(Learner):
 
 def initial_contexts(backbone: Backbone, context: int | str, prompts: int) -> Tensor:
     """The start (prompts, M, W) of several contexts, each as by ``initial_context``."""
-    if prompts < 1:
-        raise InputError(f"prompts: expected at least 1, got {prompts}")
+    check_prompts("prompts", prompts)
     return torch.stack([initial_context(backbone, context) for _ in range(prompts)])

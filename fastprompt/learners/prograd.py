@@ -71,8 +71,8 @@ class ProGrad(CoOp):
         weight: float = 1.0,
     ) -> None:
         check_weight("weight", weight)
-        if zeros < 0:
-            raise InputError(f"zeros: expected at least 0 tokens, got {zeros}")
+        if not 0 <= zeros <= backbone.context_length:
+            raise InputError(f"zeros: expected 0 to {backbone.context_length} tokens, got {zeros}")
         super().__init__(backbone, class_names, context=context)
         self.options = {"context": context, "zeros": zeros, "template": template, "weight": weight}
         self.context = nn.Parameter(F.pad(self.context.detach(), (0, 0, zeros, 0)))  # (zeros + M, W)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-from fastprompt.errors import InputError
+from fastprompt.documents import build, check_object, check_type, home_path, read_json, short
+from fastprompt.errors import InputError, listed
 from fastprompt.files import write_file
 from fastprompt.learners.templates import TEMPLATES
 
@@ -76,7 +78,7 @@ def find_recipe(learner: type[Learner], name: str) -> Recipe:
         InputError: there is no such recipe, or the file does not hold a recipe of this method.
     """
     if name.endswith(".json"):
-        return _read_recipe(learner, Path(name))
+        return _read_recipe(learner, home_path(name))
     if name in TEMPLATES:
         return learner.recipes.get(name, learner.recipes["default"])
     if name not in learner.recipes:
@@ -99,14 +101,31 @@ def write_recipe(learner: type[Learner], recipe: Recipe, file: Path) -> None:
 
 
 def _read_recipe(learner: type[Learner], file: Path) -> Recipe:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        method = values.pop("method")
-        if isinstance(values["epochs"], dict):
-            values["epochs"] = {int(shots): epochs for shots, epochs in values["epochs"].items()}
-        recipe = Recipe(**values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"recipe {file} must hold what `fastprompt recipes copy` writes: {error!r}") from error
-    if method != learner.method:
-        raise InputError(f"recipe {file} is one of {method}, and {learner.method} is to be trained")
+    where = f"recipe {file}"
+    values = read_json(file, "recipe")
+    check_object(values, where, ["method", "epochs"])
+    if (method := values.pop("method")) != learner.method:
+        raise InputError(f"{where}: expected one of {learner.method}, got one of {short(method)}")
+    if isinstance(values["epochs"], dict):  # JSON knows no numbers as names
+        shots = values["epochs"]
+        values["epochs"] = {int(number) if number.isdecimal() else number: shots[number] for number in shots}
+    recipe = build(Recipe, values, where)
+    check_options(learner, recipe.options, where)
     return recipe
+
+
+def check_options(learner: type[Learner], options: Mapping[str, Any], where: str) -> None:
+    """Raise ``InputError`` unless options have names and types of keyword arguments of a learner.
+
+    Args:
+        learner: class of the method.
+        options: some or all of its options.
+        where: how messages call what they come from.
+    """
+    hints = get_type_hints(learner.__init__)
+    parameters = inspect.signature(learner.__init__).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    for name, value in options.items():
+        if name not in known:
+            raise InputError(f"{where}: {learner.method} has no option {name!r}, only {listed(known)}")
+        check_type(value, hints[name], f"{where}: {name}")

@@ -10,7 +10,7 @@ from fastprompt_kernels import selected_patches
 from torch import Tensor, nn
 
 from fastprompt.backbone import Backbone, ImageFeatures
-from fastprompt.errors import InputError
+from fastprompt.learners.base import check_prompts
 from fastprompt.learners.gallop import GalLoP
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.transport import Transport, transport_similarity
@@ -75,8 +75,7 @@ class SOTGLP(GalLoP):
         dropout: float = 0.75,
         context: int | str = "a photo of a",
     ) -> None:
-        if local_prompts < 1:
-            raise InputError(f"local_prompts: expected at least 1, got {local_prompts}")
+        check_prompts("local_prompts", local_prompts)
         transport = Transport(keep=patches)
         super().__init__(
             backbone,

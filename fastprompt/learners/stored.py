@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
 from fastprompt.backbone import Backbone, load_backbone
-from fastprompt.errors import InputError
-from fastprompt.files import write_file, write_tensors
+from fastprompt.documents import build, parse_json
+from fastprompt.errors import InputError, listed
+from fastprompt.files import read_tensors, write_file, write_tensors
 
 if TYPE_CHECKING:
     from fastprompt.learners.base import Learner
@@ -32,11 +33,43 @@ def describe(learner: Learner) -> dict[str, Any]:
     }
 
 
-def rebuild(described: Mapping[str, Any], learned: Mapping[str, Tensor], backbone: Backbone, file: Path) -> Learner:
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a model file says of its learner; see ``describe``.
+
+    Attributes:
+        method: name of the method.
+        class_names: the classes.
+        backbone: name of the backbone.
+        pretrained: its weights, as ``load_backbone`` takes them.
+        fingerprint: of the backbone.
+        options: from which the learner was made.
+        weights_dir: where the backbone's weights were downloaded to, if not to open_clip's own folder.
+    """
+
+    method: str
+    class_names: list[str]
+    backbone: str
+    pretrained: str | None
+    fingerprint: str
+    options: dict[str, Any]
+    weights_dir: str | None = None
+
+
+def read_description(values: Any, file: Path) -> Description:
+    """The description in a model file, from its parsed JSON.
+
+    Raises:
+        InputError: a value is missing, unknown or of another type.
+    """
+    return build(Description, values, f"model {file}")
+
+
+def rebuild(described: Description, learned: Mapping[str, Tensor], backbone: Backbone, file: Path) -> Learner:
     """The learner that ``describe`` described, with its learned tensors, in evaluation mode.
 
     Args:
-        described: by ``describe``, and the learner's options under "options".
+        described: by its model file.
         learned: its tensors.
         backbone: the one that it was trained on.
         file: where all this comes from, for messages.
@@ -46,12 +79,12 @@ def rebuild(described: Mapping[str, Any], learned: Mapping[str, Tensor], backbon
     """
     from fastprompt.learners import make_learner  # which imports this module
 
-    if backbone.fingerprint != described["fingerprint"]:
+    if backbone.fingerprint != described.fingerprint:
         raise InputError(
-            f"{file} was trained on weights of {backbone.name!r} with fingerprint {described['fingerprint']}, "
+            f"{file} was trained on weights of {backbone.name!r} with fingerprint {described.fingerprint}, "
             f"but those found now have {backbone.fingerprint}"
         )
-    learner = make_learner(described["method"], backbone, described["class_names"], **described["options"])
+    learner = make_learner(described.method, backbone, described.class_names, **described.options)
     restore_learned(learner, learned, file)
     return learner.eval()
 
@@ -60,13 +93,28 @@ def restore_learned(learner: nn.Module, learned: Mapping[str, Tensor], path: Pat
     """Copy learned tensors from a file into a learner.
 
     Raises:
-        InputError: The names or shapes in the file are not those of the learner.
+        InputError: The names or shapes in the file are not those of the learner, or a number is NaN or infinite.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in learner.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in learned.items()}
+    expected, found = _shapes(learner.state_dict()), _shapes(learned)
     if expected != found:
-        raise InputError(f"{path} must hold the learned tensors {expected} of this learner, but it holds {found}")
+        raise InputError(
+            f"{path}: expected the learned tensors {listed(expected - found)}, got {listed(found - expected)}"
+        )
+    check_finite(learned, path)
     learner.load_state_dict(dict(learned))
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise ``InputError`` where a tensor does not hold real numbers, or one of them is NaN or infinite."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise InputError(f"{path}: expected floating-point numbers in {name}, got {tensor.dtype}")
+        if not tensor.float().isfinite().all():
+            raise InputError(f"{path}: expected finite numbers in {name}, got NaN or infinity")
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> set[str]:
+    return {f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
 
 
 class HubLearner(ModelHubMixin, library_name="fastprompt", tags=["prompt-learning", "clip"]):
@@ -94,15 +142,11 @@ class HubLearner(ModelHubMixin, library_name="fastprompt", tags=["prompt-learnin
         file = Path(model_id) / MODEL
         if not Path(model_id).is_dir():
             file = Path(hf_hub_download(model_id, MODEL, **where))
-        try:
-            with safetensors.safe_open(file, framework="pt") as stored:
-                described = json.loads(stored.metadata()[METADATA])
-                learned = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{file} must be a learner that save_pretrained wrote: {error}") from error
-        own = getattr(cls, "method", described["method"])  # Learner itself has no method, and loads any
-        if described["method"] != own:
-            raise InputError(f"{file} holds a learner of {described['method']}, not of {own}")
+        learned, metadata = read_tensors(file, "model")
+        described = read_description(parse_json(metadata.get(METADATA, "null"), f"model {file}"), file)
+        own = getattr(cls, "method", described.method)  # Learner itself has no method, and loads any
+        if described.method != own:
+            raise InputError(f"{file} holds a learner of {described.method}, not of {own}")
         if backbone is None:
-            backbone = load_backbone(described["backbone"], described["pretrained"], device=device, precision=precision)
+            backbone = load_backbone(described.backbone, described.pretrained, device=device, precision=precision)
         return rebuild(described, learned, backbone, file)

@@ -226,6 +226,8 @@ class _Training:
         for name, parameter in self.learner.named_parameters():
             if name in state.momentum:
                 self.optimizer.state[parameter]["momentum_buffer"] = state.momentum[name].to(self.device)
+        if state.epoch > self.settings.epochs or state.step > self.steps:
+            raise InputError(f"{file}: expected at most epoch {self.settings.epochs}, step {self.steps}, got more")
         self._start_epoch(state.epoch)
         self.step, self.seconds = state.step, state.seconds
         self.losses[: self.step] = state.losses.to(self.device)

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fastprompt.documents import build, check_object, check_type, parse_json, read_json, read_text
 from fastprompt.errors import InputError
-from fastprompt.files import LOCK, TEMPORARY, locked, write_file, write_tensors
+from fastprompt.files import LOCK, TEMPORARY, locked, read_tensors, write_file, write_tensors
 from fastprompt.learners.stored import describe
 from fastprompt.training.environment import environment
 from fastprompt.training.metrics import EpochMetrics
-from fastprompt.training.state import TrainingState, read_tensors
+from fastprompt.training.state import TrainingState
 
 if TYPE_CHECKING:
     from fastprompt.learners import Learner
@@ -60,7 +61,7 @@ class RunFolder:
             InputError: The folder holds a run with another config, or something that is not a run.
         """
         path, config = Path(path), json.loads(json.dumps(config, default=str))
-        if is_run(path):
+        if _is_run(path):
             run = cls.open(path)
             run._check_config(config)
             return run
@@ -78,9 +79,11 @@ class RunFolder:
             InputError: There is no run, or its config.json is damaged.
         """
         path = Path(path)
-        if not is_run(path):
+        if not _is_run(path):
             raise InputError(f"{path} must be a run folder, with {CONFIG} and {ENVIRONMENT} in it, and it is not")
-        return cls(path, _parse(path / CONFIG, (path / CONFIG).read_bytes()))
+        config = read_json(path / CONFIG, "run")
+        check_object(config, f"run {path / CONFIG}")
+        return cls(path, config)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -93,7 +96,7 @@ class RunFolder:
             yield
             return
         with locked(self.path):
-            if is_run(self.path):
+            if _is_run(self.path):
                 self._take_over()
             self._locked = True
             try:
@@ -119,8 +122,10 @@ class RunFolder:
         names = [*new, *(old.keys() - new.keys())]
         different = [name for name in names if old.get(name, NOT_SET) != new.get(name, NOT_SET)]
         if different == ["lr"] and (diverged := self.metrics(DIVERGED)) and _is_smaller(new.get("lr"), old.get("lr")):
-            earlier = {"until_epoch": diverged[-1]["epoch"] - 1, "lr": old["lr"]}
-            self.config |= {"lr": new["lr"], DIVERGED: [*self.config.get(DIVERGED, []), earlier]}
+            earlier = {"until_epoch": diverged[-1].get("epoch", 1) - 1, "lr": old["lr"]}
+            before = self.config.get(DIVERGED, [])
+            check_type(before, list, f"run {self.path / CONFIG}: {DIVERGED}")
+            self.config |= {"lr": new["lr"], DIVERGED: [*before, earlier]}
         elif different:
             name = different[0]
             raise InputError(
@@ -141,11 +146,20 @@ class RunFolder:
         """The lines of metrics.jsonl in order, all or those of one kind.
 
         Raises:
-            InputError: A line is not a JSON object.
+            InputError: A line is not a JSON object, or its `epoch` is no whole number.
         """
         file = self.path / METRICS
-        lines = file.read_bytes().splitlines() if file.is_file() else []
-        parsed = [_parse(file, line, number) for number, line in enumerate(lines, start=1)]
+        if not file.exists():
+            return []
+        parsed = []
+        for number, text in enumerate(read_text(file, "metrics").split("\n"), start=1):
+            if not text:  # behind the last line
+                continue
+            where = f"metrics {file}, line {number}"
+            line = parse_json(text, where)
+            check_object(line, where)
+            check_type(line.get("epoch", 0), int, f"{where}: epoch")
+            parsed.append(line)
         return [line for line in parsed if kind in (None, line.get("kind"))]
 
     def drop_metrics_after(self, epoch: int) -> None:
@@ -162,7 +176,11 @@ class RunFolder:
             InputError: environment.json is damaged.
         """
         file = self.path / ENVIRONMENT
-        return _parse(file, file.read_bytes()) if file.is_file() else {}
+        if not file.exists():
+            return {}
+        found = read_json(file, "environment")
+        check_object(found, f"environment {file}")
+        return found
 
     def save_state(self, state: TrainingState) -> None:
         """Write the state that an unfinished training resumes from."""
@@ -200,8 +218,10 @@ class RunFolder:
         file = self.path / MODEL
         if not self.complete:
             raise InputError(f"{file} must exist, but this run has not finished training: train it again to resume it")
-        tensors, metadata = read_tensors(file)
-        return tensors, _parse(file, metadata.get(METADATA, "null"))
+        tensors, metadata = read_tensors(file, "model")
+        described = parse_json(metadata.get(METADATA, "null"), f"model {file}")
+        check_object(described, f"model {file}")
+        return tensors, described
 
     def _write_metrics(self, lines: list[dict[str, Any]]) -> None:
         with self._writing():
@@ -211,7 +231,7 @@ class RunFolder:
     def _writing(self) -> Iterator[None]:
         """Lock the folder, and make it a run if it is none yet."""
         with self.locked():
-            if not is_run(self.path):
+            if not _is_run(self.path):
                 # config.json comes second: where it is, the folder is a run.
                 write_file(self.path / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
                 write_file(self.path / CONFIG, json.dumps(self.config, indent=2) + "\n")
@@ -220,12 +240,12 @@ class RunFolder:
 
 def epoch_metrics(run: RunFolder) -> list[EpochMetrics]:
     """The epochs that a run has trained, from the first."""
+    where = f"metrics {run.path / METRICS}"
     lines = run.metrics("epoch")
-    return [EpochMetrics(**{name: value for name, value in line.items() if name != "kind"}) for line in lines]
+    return [build(EpochMetrics, {name: line[name] for name in line if name != "kind"}, where) for line in lines]
 
 
-def is_run(path: Path) -> bool:
-    """Whether a folder holds a run: finished, unfinished or damaged."""
+def _is_run(path: Path) -> bool:
     return (path / CONFIG).is_file() and (path / ENVIRONMENT).is_file()
 
 
@@ -236,17 +256,6 @@ def _belongs_to_start(file: Path) -> bool:
 
 def _is_smaller(new: Any, old: Any) -> bool:
     return isinstance(new, int | float) and isinstance(old, int | float) and new < old
-
-
-def _parse(file: Path, text: str | bytes, line: int | None = None) -> dict[str, Any]:
-    where = f"{file}, line {line}," if line else f"{file}"
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{where} must hold a JSON object: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{where} must hold a JSON object, not {type(value).__name__}")
-    return value
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import safetensors
 import torch
 from torch import Tensor
 
+from fastprompt.documents import build, check_object, parse_json
 from fastprompt.errors import InputError
-from fastprompt.files import write_tensors
+from fastprompt.files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from fastprompt.learners import Learner
@@ -61,8 +62,7 @@ class TrainingState:
         tensors = {"labels": self.labels, "losses": self.losses, "correct": self.correct}
         tensors |= {f"learned.{name}": tensor for name, tensor in self.learned.items()}
         tensors |= {f"momentum.{name}": tensor for name, tensor in self.momentum.items()}
-        texts = ("class_names", "fingerprint", "origin", "epoch", "step", "seconds")
-        said = {name: json.dumps(getattr(self, name)) for name in texts}
+        said = {field.name: json.dumps(getattr(self, field.name)) for field in fields(_Said)}
         write_tensors(file, tensors, said)
 
     @classmethod
@@ -72,23 +72,25 @@ class TrainingState:
         Raises:
             InputError: The file is damaged or holds something else.
         """
-        tensors, metadata = read_tensors(path)
-        try:
-            return cls(
-                class_names=tuple(json.loads(metadata["class_names"])),
-                fingerprint=json.loads(metadata["fingerprint"]),
-                labels=tensors["labels"],
-                origin=json.loads(metadata["origin"]),
-                epoch=int(metadata["epoch"]),
-                step=int(metadata["step"]),
-                seconds=float(metadata["seconds"]),
-                losses=tensors["losses"],
-                correct=tensors["correct"],
-                learned=_below("learned.", tensors),
-                momentum=_below("momentum.", tensors),
+        where = f"training state {path}"
+        tensors, metadata = read_tensors(path, "training state")
+        said = build(_Said, {name: parse_json(text, f"{where}: {name}") for name, text in metadata.items()}, where)
+        if not (said.epoch >= 0 and said.step >= 0 and 0 <= said.seconds < math.inf):
+            raise InputError(
+                f"{where}: expected numbers of at least 0, got epoch {said.epoch}, step {said.step}, "
+                f"{said.seconds} seconds"
             )
-        except (KeyError, ValueError) as error:
-            raise InputError(f"{path} must hold the state of a training, but {error} is missing or invalid") from error
+        check_object(tensors, where, ["labels", "losses", "correct"])
+        learned, momentum = _below("learned.", tensors), _below("momentum.", tensors)
+        check_object(learned, f"{where}: learned tensors", momentum)
+        for name, tensor in momentum.items():
+            _check(tensor, torch.float32, learned[name].shape, f"{where}: momentum of {name}")
+        _check(tensors["labels"], torch.int64, (tensors["labels"].numel(),), f"{where}: labels")
+        for name, dtype in (("losses", torch.float32), ("correct", torch.int64)):
+            _check(tensors[name], dtype, (said.step,), f"{where}: {name}")
+        texts = {**asdict(said), "class_names": tuple(said.class_names)}
+        numbers = {name: tensors[name] for name in ("labels", "losses", "correct")}
+        return cls(**texts, **numbers, learned=learned, momentum=momentum)
 
     def check_data(self, learner: Learner, labels: Tensor, file: Path) -> None:
         """Compare with the learner and the data of now.
@@ -118,17 +120,23 @@ class TrainingState:
             )
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, on the CPU, and its metadata.
+@dataclass(frozen=True)
+class _Said:
+    """What stands beside the tensors, with its types."""
 
-    Raises:
-        InputError: The file cannot be read as safetensors.
-    """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path} must be a readable safetensors file: {error}") from error
+    class_names: list[str]
+    fingerprint: str
+    origin: str
+    epoch: int
+    step: int
+    seconds: float
+
+
+def _check(tensor: Tensor, dtype: torch.dtype, shape: Sequence[int], where: str) -> None:
+    """Raise ``InputError`` unless a tensor has this type and shape, and finite numbers."""
+    if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape) or not tensor.isfinite().all():
+        found = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise InputError(f"{where}: expected finite numbers, {dtype} {tuple(shape)}, got {found}")
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

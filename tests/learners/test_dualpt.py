@@ -108,9 +108,9 @@ def test_encoded_in_inference_mode_they_serve_training(vit_backbone, images, fil
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no such file"),
-        ("{", "cannot be read as JSON"),
-        ("[]", "expected {class name: .sentences.}, got a list"),
+        (None, "expected a file, got no such file"),
+        ("{", "expected JSON"),
+        ("[]", r"expected a JSON object, got \[\]"),
         ('{"cat": ["x"]}', r"has no entry for class 'red fox' \(nor for 3 others\)"),
         (json.dumps(WORDS | {"cat": []}), r"expected at least one sentence for class 'cat', got \[\]"),
         (json.dumps(WORDS | {"cat": "a cat"}), "expected at least one sentence for class 'cat', got 'a cat'"),

@@ -225,9 +225,9 @@ def test_prediction_in_inference_mode_does_not_spoil_training(vit_backbone, feat
     [
         (lambda b: GalLoP(b, NAMES, k=(5, 0)), r"k: expected .* at least 1 per local prompt, got \(5, 0\)"),
         (lambda b: GalLoP(b, NAMES, k=()), r"k: expected .* got \(\)"),
-        (lambda b: GalLoP(b, NAMES, global_prompts=0), "global_prompts: expected at least 1, got 0"),
+        (lambda b: GalLoP(b, NAMES, global_prompts=0), "global_prompts: expected 1 to 10,000, got 0"),
         (lambda b: GalLoP(b, NAMES, dropout=2.0), "dropout: expected a share between 0 and 1, got 2.0"),
-        (lambda b: CoOp(b, NAMES, context=0), "context: expected at least 1 token, got 0"),
+        (lambda b: CoOp(b, NAMES, context=0), "context: expected 1 to 77 tokens, got 0"),
         (lambda b: CoOp(b, NAMES, context=" "), "context: expected words or a number of tokens, got ' '"),
         (lambda b: ZeroShot(b, NAMES, template="a photo"), "template: expected a sentence with one {}"),
         (lambda b: make_learner("gallup", b, NAMES), "method: expected one of .*gallop, .*zero-shot, got 'gallup'"),

@@ -97,7 +97,7 @@ def test_without_a_tolerance_an_image_does_not_depend_on_its_batch():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompts": 0}, "prompts: expected at least 1, got 0"),
+        ({"prompts": 0}, "prompts: expected 1 to 10,000, got 0"),
         ({"eps": 0.0}, "eps: expected a number above 0, got 0.0"),
         ({"iterations": 0}, "iterations: expected at least 1, got 0"),
         ({"tolerance": -1.0}, "tolerance: expected a number of at least 0, got -1.0"),

@@ -87,7 +87,7 @@ def test_the_context_of_a_recipe_is_zeros_and_words_as_published(dataset, vit_ba
     ("options", "message"),
     [
         ({"weight": -1}, "weight: expected a finite number of at least 0, got -1"),
-        ({"zeros": -1}, "zeros: expected at least 0 tokens, got -1"),
+        ({"zeros": -1}, "zeros: expected 0 to 77 tokens, got -1"),
         ({"zeros": 70}, "is too long"),
     ],
 )

@@ -35,9 +35,13 @@ def test_recipes_can_be_written_and_read(learner, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "coop"}, "is one of coop, and gallop is to be trained"),
-        ({"learning_rate": 1}, r"must hold what .* writes: .*learning_rate"),
-        ({"epochs": {"many": 3}}, r"must hold what .* writes: .*many"),
+        ({"method": "coop"}, "mine.json: expected one of gallop, got one of 'coop'"),
+        ({"learning_rate": 1}, "mine.json: expected no value 'learning_rate'"),
+        ({"epochs": {"many": 3}}, r"mine.json: epochs: expected int | Mapping\[int, int\], got {'many': 3}"),
+        ({"momentum": [1]}, r"mine.json: momentum: expected float, got \[1\]"),
+        ({"epochs": True}, "mine.json: epochs: expected int | Mapping"),
+        ({"options": {"k": "x"}}, r"mine.json: k: expected Sequence\[int\], got 'x'"),
+        ({"options": {"j": 1}}, "mine.json: gallop has no option 'j', only global_prompts, k, dropout, context"),
     ],
 )
 def test_a_file_that_holds_something_else_is_refused(change, message, tmp_path):

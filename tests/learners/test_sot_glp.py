@@ -95,9 +95,9 @@ def test_other_classes_are_refused(learner):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"local_prompts": 0}, "local_prompts: expected at least 1, got 0"),
+        ({"local_prompts": 0}, "local_prompts: expected 1 to 10,000, got 0"),
         ({"patches": 0}, "patches: expected at least 1 to keep, got 0"),
-        ({"global_prompts": 0}, "global_prompts: expected at least 1, got 0"),
+        ({"global_prompts": 0}, "global_prompts: expected 1 to 10,000, got 0"),
     ],
 )
 def test_wrong_options_get_one_sentence(vit_backbone, options, message):

@@ -200,7 +200,7 @@ def test_other_data_or_another_learner_is_refused(toy, tmp_path):
     relabelled.labels = relabelled.labels.flip(0)
     with pytest.raises(InputError, match="made with other labels of its 44 training images than there are now"):
         toy.fit(toy.learner(), relabelled, toy.settings(), run=toy.run(tmp_path / "run"))
-    with pytest.raises(InputError, match=r"training_state\.safetensors must hold the learned tensors"):
+    with pytest.raises(InputError, match=r"training_state\.safetensors: expected the learned tensors"):
         toy.fit(toy.learner(width=9), toy.source(), toy.settings(), run=toy.run(tmp_path / "run"))
     with pytest.raises(InputError, match="made with None as class 4, but now that is 'class 4'"):
         toy.fit(toy.learner(classes=5), toy.source(), toy.settings(), run=toy.run(tmp_path / "run"))

@@ -129,13 +129,13 @@ def test_foreign_folders_and_files_are_refused(tmp_path):
         RunFolder.open(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("content", [b'{"method"', b"[1]", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b'{"method"', b"[1]", b"\xff"])
 def test_damaged_config_and_metrics_name_the_file(run, content):
     (run.path / "metrics.jsonl").write_bytes(b'{"kind": "epoch"}\n' + content + b"\n")
-    with pytest.raises(InputError, match=r"metrics\.jsonl, line 2, must hold a JSON object"):
+    with pytest.raises(InputError, match=r"metrics\.jsonl(, line 2)?: expected (JSON|a JSON|text in UTF-8)"):
         run.metrics()
     (run.path / "config.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"config\.json must hold a JSON object"):
+    with pytest.raises(InputError, match=r"config\.json: expected (JSON|a JSON|text in UTF-8)"):
         RunFolder.create_or_resume(run.path, CONFIG)
 
 
@@ -155,11 +155,11 @@ def test_damaged_or_foreign_state_is_refused(run, toy):
     file = run.path / "training_state.safetensors"
     run.save_state(make_state())
     file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(InputError, match="must be a readable safetensors file"):
+    with pytest.raises(InputError, match="expected a safetensors file, got one that is damaged"):
         run.load_state()
     run.save_model(toy.learner())
     (run.path / "model.safetensors").rename(file)
-    with pytest.raises(InputError, match=r"must hold the state of a training, but 'class_names' is missing"):
+    with pytest.raises(InputError, match=r"expected a value 'class_names', got none"):
         run.load_state()
 
 
@@ -184,7 +184,7 @@ def test_model_holds_tensors_and_metadata_and_completes_the_run(run, toy):
 def test_foreign_model_is_refused(run, toy):
     run.save_state(make_state())
     (run.path / "training_state.safetensors").rename(run.path / "model.safetensors")
-    with pytest.raises(InputError, match=r"model\.safetensors must hold a JSON object"):
+    with pytest.raises(InputError, match=r"model\.safetensors: expected a JSON object"):
         run.load_model()
 
 
