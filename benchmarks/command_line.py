@@ -148,11 +148,15 @@ class Methods:
 class KernelResources:
     """Compile every Triton kernel that can be launched, for every target; needs no GPU, and 12 minutes on two cores.
 
-    Completes the table of registers, spills, shared memory and instructions: what it has already is not compiled again.
+    Completes the table of registers, spills, shared memory and instructions, and that of the instructions that have a
+    budget, which has rows of every version of Triton it was made with. What they have already is not compiled again.
     """
 
-    file: Path = results.FOLDER / "kernel_resources.csv"
-    """The table."""
+    counted: bool = False
+    """The instructions that have a budget alone, which takes a minute: for another version of Triton."""
+
+    out: Path = results.FOLDER
+    """Folder of the tables."""
 
 
 @dataclass(frozen=True)
@@ -270,10 +274,12 @@ def main() -> int:
                 print(break_even.measure_grid(_device(device), out))
             case Methods(scenes, out, page):
                 print(method_table.measure_all(scenes, out, page))
-            case KernelResources(file):
+            case KernelResources(counted, out):
                 from benchmarks import kernel_table  # imports triton
 
-                kernel_table.update(file)
+                if not counted:
+                    kernel_table.update(out / kernel_table.FILE.name)
+                kernel_table.update_counted(out / kernel_table.COUNTED.name)
             case Plot(out):
                 plot(out)
     except WrongResultError as error:

@@ -23,6 +23,7 @@ import triton.language as tl
 from triton.compiler import ASTSource
 
 from benchmarks.kernel_configurations import KERNELS, TARGETS, TYPES, Configuration, configurations, key
+from benchmarks.kernel_instructions import instructions
 
 TENSOR_CORES = re.compile(r"\b(HGMMA|UTCHMMA|HMMA|v_mfma)")
 
@@ -111,18 +112,6 @@ def listing(binary: bytes, option: str) -> str:
         return subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout
 
 
-def instructions(code: str, scales: int = 0) -> int:
-    """How many instructions a listing has, without the block of each scale that only runs where similarities tie.
-
-    Those blocks are the longest that a branch behind the product skips.
-    """
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", code)
-    product = max((int(address, 16) for address, name in lines if "MMA" in name), default=0)
-    branches = re.findall(r"/\*([0-9a-f]{4,})\*/\s+@!?U?P\w+ BRA (?:\S+, )?0x([0-9a-f]+)", code)
-    skipped = [(int(end, 16) - int(start, 16)) // 16 - 1 for start, end in branches if int(start, 16) > product]
-    return sum(name != "NOP" for _, name in lines) - sum(sorted(skipped, reverse=True)[:scales])
-
-
 def examine(configuration: Configuration) -> Resources:
     """Compile one configuration."""
     start = time.perf_counter()
@@ -138,8 +127,7 @@ def examine(configuration: Configuration) -> Resources:
         usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", listing(kernel.asm["cubin"], "--dump-resource-usage")))
         registers, spilled = int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
         code = listing(kernel.asm["cubin"], "--dump-sass")
-        scales = configuration.scales if configuration.kernel == "forward_kernel" and configuration.keep else 0
-        count = instructions(code, scales) if configuration.target == "sm_90" else 0
+        count = instructions(code) if configuration.target == "sm_90" else 0
     units = " ".join(sorted(set(TENSOR_CORES.findall(code))))
     *configured, version = key(configuration)
     return Resources(
