@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import socket
@@ -63,10 +64,24 @@ def write_file(file: Path, content: bytes | str) -> None:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors, on any device, and strings in the safetensors format, as ``replacing`` does."""
+    """Write tensors, on any device, and strings in the safetensors format, as ``replacing`` does.
+
+    The same tensors and strings give the same bytes.
+    """
+    with replacing(file) as temporary, temporary.open("wb") as opened:
+        opened.writelines(tensor_bytes(tensors, metadata or {}))
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, memoryview]:
+    """Make the content of a safetensors file: its header, and the tensors."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # Not by save_file, which has temporary files and an error of its own.
-    write_file(file, safetensors.torch.save(on_cpu, dict(metadata or {})))
+    content = safetensors.torch.save(on_cpu, dict(metadata))
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(metadata.items()))  # the library writes them in an order of its own every time
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, memoryview(content)[end:]
 
 
 def read_tensors(file: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:

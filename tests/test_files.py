@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fastprompt import files
@@ -82,6 +83,16 @@ def test_tensors_come_back_with_their_metadata(tmp_path):
     back = load_file(tmp_path / "t.safetensors")
     assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
     assert names(tmp_path) == ["t.safetensors"]
+
+
+def test_the_same_tensors_and_strings_give_the_same_bytes(tmp_path):
+    metadata = {name: name.upper() for name in "abcdefgh"}
+    for name in "xy":
+        write_tensors(tmp_path / name, {"t": torch.ones(3), "u": torch.zeros(2, dtype=torch.int64)}, metadata)
+        metadata = dict(reversed(metadata.items()))
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+    with safe_open(tmp_path / "x", "pt") as file:
+        assert file.metadata() == metadata and torch.equal(file.get_tensor("t"), torch.ones(3))
 
 
 @pytest.mark.parametrize("write", [

@@ -45,6 +45,8 @@ class ExportConfig(Config):
     out: Path | None = None
     """.safetensors: a (C, D) matrix and the preprocessing. .onnx: images in, logits out. Default: head.safetensors
     in the run folder."""
+    force: bool = False
+    """Replace a file that exists and holds something else. A run's own files are never replaced."""
     class_names: tuple[str, ...] = ()
     """Other classes than those of the run."""
     device: str | None = None

@@ -9,37 +9,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastprompt.backbone import Backbone
 from fastprompt.errors import InputError
 from fastprompt.exchange.config import ExportConfig
 from fastprompt.experiment.use import load_run
+from fastprompt.files import locked, tensor_bytes, write_file
 from fastprompt.learners import Learner
 from fastprompt.learners.conditional import ImageConditional
 from fastprompt.learners.transport import Transport
+from fastprompt.training.run_folder import MODEL, STATE, is_run
 
 logger = logging.getLogger(__name__)
 POOLED = "logits = logit_scale * normalise(pooled image feature) @ head.T"
 
 
 def export_run(config: ExportConfig) -> Path:
-    """Write the file that ``config`` asks for, and return it.
+    """Write the file that ``config`` asks for, and return it; one that holds just that already stays as it is.
 
     Raises:
-        InputError: a file of another kind, class names that the run cannot take, a learner without such a head, or
-            packages that are missing.
+        InputError: a file of another kind, a file of a run or one that exists, class names that the run cannot take, a
+            learner without such a head, packages that are missing, or another process that writes into the folder.
     """
     out = config.out or config.run / "head.safetensors"
-    writers = {".safetensors": write_head, ".onnx": write_onnx}
-    if out.suffix not in writers:
-        raise InputError(f"out: expected a file that ends in {' or '.join(writers)}, got {out}")
+    makers = {".safetensors": head_bytes, ".onnx": onnx_bytes}
+    if out.suffix not in makers:
+        raise InputError(f"out: expected a file that ends in {' or '.join(makers)}, got {out}")
+    if out.name in (MODEL, STATE) and is_run(out.parent):
+        raise InputError(f"out: expected another name than that of a file of the run {out.parent}, got {out.name}")
     learner = load_run(config.run, device=config.device)
     if config.class_names:
         learner = learner.with_class_names(config.class_names)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    writers[out.suffix](learner, out)
+    with locked(out.parent):
+        content = makers[out.suffix](learner)
+        if not out.exists() or (config.force and out.is_file()):
+            write_file(out, content)
+        elif not out.is_file() or out.read_bytes() != content:
+            raise InputError(f"out: expected a new file, or --force to replace this one, got {out}, which exists")
     return out
 
 
@@ -64,6 +71,11 @@ def linear_head(learner: Learner) -> tuple[Tensor, bool]:
 
 def write_head(learner: Learner, file: Path) -> None:
     """Write ``linear_head`` as safetensors: tensor "head", and all that is needed to use it as metadata."""
+    write_file(file, head_bytes(learner))
+
+
+def head_bytes(learner: Learner) -> bytes:
+    """Make the content of the file that ``write_head`` writes."""
     head, whole = linear_head(learner)
     if not whole:
         logger.warning(
@@ -71,7 +83,7 @@ def write_head(learner: Learner, file: Path) -> None:
         )
     described = {name: json.dumps(value) for name, value in _described(learner).items()}
     described |= {"formula": POOLED, "whole_prediction": json.dumps(whole)}
-    save_file({"head": head.float().cpu().contiguous()}, file, described)
+    return b"".join(tensor_bytes({"head": head.float()}, described))
 
 
 def write_onnx(learner: Learner, file: Path) -> None:
@@ -81,6 +93,11 @@ def write_onnx(learner: Learner, file: Path) -> None:
         InputError: a learner whose text depends on the image or whose transport on the batch, or the packages of the
             extra "onnx" are not installed.
     """
+    write_file(file, onnx_bytes(learner))
+
+
+def onnx_bytes(learner: Learner) -> bytes:
+    """Make the content of the file that ``write_onnx`` writes; errors as there."""
     _check(learner)
     if any(isinstance(value, Transport) for value in vars(learner).values()):
         raise InputError(
@@ -100,7 +117,7 @@ def write_onnx(learner: Learner, file: Path) -> None:
             program, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
         )
     written.model.metadata_props.update({name: json.dumps(value) for name, value in _described(learner).items()})
-    written.save(file, external_data=False)
+    return written.model_proto.SerializeToString(deterministic=True)
 
 
 def _check(learner: Learner) -> None:

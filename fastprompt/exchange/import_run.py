@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from fastprompt.backbone import Backbone, load_backbone
-from fastprompt.data import load_dataset, readable_name, select_classes
+from fastprompt.data import hash_files, load_dataset, readable_name, select_classes
 from fastprompt.documents import read_text, short
 from fastprompt.errors import InputError
 from fastprompt.exchange.checkpoint import Checkpoint, read_checkpoint
@@ -23,6 +23,8 @@ SAME_EMBEDDING = 1e-2
 
 def import_run(config: ImportConfig, *, backbone: Backbone | None = None) -> RunFolder:
     """Read a checkpoint and write it as a finished run, which evaluate, predict, explain and export take.
+
+    A run that holds the same already stays as it is; any other one is refused.
 
     Args:
         config: what to read, and where its class names are.
@@ -44,6 +46,7 @@ def import_run(config: ImportConfig, *, backbone: Backbone | None = None) -> Run
     described = {
         "method": learner.method,
         "imported_from": config.file.resolve(),
+        "checkpoint": f"sha256 {hash_files([config.file], progress=False)[0][:16]}",
         "backbone": name,
         "pretrained": weights,
         "precision": config.precision,
@@ -52,10 +55,14 @@ def import_run(config: ImportConfig, *, backbone: Backbone | None = None) -> Run
         "keep_underscores": keep,
         "classes": config.classes,
         "zero_shot_template": DEFAULT_TEMPLATE,
+        "options": learner.options,
+        "class_names": class_names,
     }
     run = RunFolder.create_or_resume(config.out, described)
-    weights_dir = None if config.weights_dir is None else str(config.weights_dir.resolve())
-    run.save_model(learner, {"options": learner.options, "weights_dir": weights_dir})
+    with run.locked():
+        if not run.complete:
+            weights_dir = None if config.weights_dir is None else str(config.weights_dir.resolve())
+            run.save_model(learner, {"options": learner.options, "weights_dir": weights_dir})
     return run
 
 

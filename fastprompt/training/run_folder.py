@@ -61,7 +61,7 @@ class RunFolder:
             InputError: The folder holds a run with another config, or something that is not a run.
         """
         path, config = Path(path), json.loads(json.dumps(config, default=str))
-        if _is_run(path):
+        if is_run(path):
             run = cls.open(path)
             run._check_config(config)
             return run
@@ -79,7 +79,7 @@ class RunFolder:
             InputError: There is no run, or its config.json is damaged.
         """
         path = Path(path)
-        if not _is_run(path):
+        if not is_run(path):
             raise InputError(f"{path} must be a run folder, with {CONFIG} and {ENVIRONMENT} in it, and it is not")
         config = read_json(path / CONFIG, "run")
         check_object(config, f"run {path / CONFIG}")
@@ -96,7 +96,7 @@ class RunFolder:
             yield
             return
         with locked(self.path):
-            if _is_run(self.path):
+            if is_run(self.path):
                 self._take_over()
             self._locked = True
             try:
@@ -231,7 +231,7 @@ class RunFolder:
     def _writing(self) -> Iterator[None]:
         """Lock the folder, and make it a run if it is none yet."""
         with self.locked():
-            if not _is_run(self.path):
+            if not is_run(self.path):
                 # config.json comes second: where it is, the folder is a run.
                 write_file(self.path / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
                 write_file(self.path / CONFIG, json.dumps(self.config, indent=2) + "\n")
@@ -245,7 +245,8 @@ def epoch_metrics(run: RunFolder) -> list[EpochMetrics]:
     return [build(EpochMetrics, {name: line[name] for name in line if name != "kind"}, where) for line in lines]
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
+    """Whether a folder holds a run: finished, unfinished or damaged."""
     return (path / CONFIG).is_file() and (path / ENVIRONMENT).is_file()
 
 
