@@ -93,11 +93,13 @@ class OodDetection:
         auroc: area under the ROC curve, out-of-distribution as the positive class.
         fpr95: share of out-of-distribution images kept when 95 % of the in-distribution images are kept.
         kind: which score.
+        fpr_rule: which threshold keeps 95 %.
     """
 
     auroc: float
     fpr95: float
     kind: str
+    fpr_rule: metrics.FprRule = "standard"
 
 
 def predict_all(
@@ -184,6 +186,7 @@ def ood_detection(
     out_source: "FeatureSource",
     kind: str = "gl-mcm",
     *,
+    fpr_rule: metrics.FprRule = "standard",
     batch_size: int = 256,
     progress: bool = True,
 ) -> OodDetection:
@@ -194,6 +197,7 @@ def ood_detection(
         in_source: test images of the learner's classes.
         out_source: images of none of its classes; their labels are not used.
         kind: "mcm", "l-mcm" or "gl-mcm".
+        fpr_rule: "standard" or "gallop", see `fpr_at_recall`.
         batch_size: images at a time.
         progress: show progress bars.
     """
@@ -204,7 +208,8 @@ def ood_detection(
             return torch.cat([learner.ood_score(features, kind=kind).cpu() for features in batches])
 
     in_scores, out_scores = scores(in_source, "in-distribution"), scores(out_source, "out-of-distribution")
-    return OodDetection(metrics.auroc(in_scores, out_scores), metrics.fpr_at_recall(in_scores, out_scores), kind)
+    fpr95 = metrics.fpr_at_recall(in_scores, out_scores, rule=fpr_rule)
+    return OodDetection(metrics.auroc(in_scores, out_scores), fpr95, kind, fpr_rule)
 
 
 @contextmanager

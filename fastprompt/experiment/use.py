@@ -86,13 +86,17 @@ def evaluate_run(config: EvaluateConfig, *, progress: bool = True) -> Table:
         if unknown is None
         else feature_source(unknown, learner.backbone, config, progress=progress, what="images of no class")
     )
-    measures = ["accuracy", "mean_per_class", "calibration_error"] + ([] if outside is None else ["fpr95", "auroc"])
+    measures = ["accuracy", "mean_per_class", "calibration_error"]
+    if outside is not None:
+        measures += ["fpr95" if config.fpr_rule == "standard" else f"fpr95_{config.fpr_rule}", "auroc"]
     rows = []
     for row in {zero_shot.method: zero_shot, learner.method: learner}.values():
         result = evaluate_accuracy(row, source, progress=progress)
         cells = [result.top1, result.mean_per_class, result.calibration_error]
         if outside is not None:
-            detection = ood_detection(row, source, outside, config.ood_kind, progress=progress)
+            detection = ood_detection(
+                row, source, outside, config.ood_kind, fpr_rule=config.fpr_rule, progress=progress
+            )
             cells += [detection.fpr95, detection.auroc]
         rows.append(Row(row.method, tuple(cells)))
     columns = tuple(MEASURES[name] for name in measures)

@@ -130,7 +130,9 @@ def test_evaluate_other_classes_other_data_and_unknown_objects(trained, photos, 
     assert main(["evaluate", "run", "elsewhere", "--split", "all", "--ood", "unknown"]) == 0
     out = capsys.readouterr().out
     assert "10 images (all), 2 classes" in out
-    assert "FPR95" in out
+    assert "FPR95 (%)" in out
+    assert main(["evaluate", "run", "elsewhere", "--split", "all", "--ood", "unknown", "--fpr-rule", "gallop"]) == 0
+    assert "FPR95 by GalLoP's rule (%)" in capsys.readouterr().out
 
 
 def test_predict_names_images_with_probabilities(trained, photos, capsys):
