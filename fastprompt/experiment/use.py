@@ -17,6 +17,7 @@ from fastprompt.errors import InputError
 from fastprompt.evaluation import Row, evaluate_accuracy, ood_detection
 from fastprompt.experiment.config import EvaluateConfig, ExplainConfig, PredictConfig
 from fastprompt.experiment.sources import feature_source, image_transform, split_of, unlabelled
+from fastprompt.files import replacing
 from fastprompt.learners import Learner, ZeroShot
 from fastprompt.learners.stored import read_description, rebuild
 from fastprompt.report import MEASURES, Table, draw_selected_patches
@@ -143,7 +144,8 @@ def explain_image(config: ExplainConfig) -> tuple[Path, str]:
     file = re.sub(r"\W", "_", f"{config.image.stem}-{name}") + ".png"
     out = config.out or config.run / "explained" / file
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=160)
+    with replacing(out) as temporary:
+        figure.savefig(temporary, format="png", dpi=160)
     return out, name
 
 

@@ -219,6 +219,9 @@ BAD_INPUT = {
     "k below 1": (nothing, ["--k", "3", "0"], "k: expected"),
     "negative shots": (nothing, ["--shots", "-1"], "shots"),
     "no epochs": (nothing, ["--epochs", "0"], "epochs must be at least 1"),
+    "huge seed": (nothing, ["--seed", str(10**30)], "seed: expected a whole number of at most 64 bits"),
+    "no memory": (nothing, ["--image-memory", "nan"], "image_memory: expected a finite number, got nan"),
+    "no user": (nothing, ["--split-file", "~nouser/x"], "path ~nouser/x: expected the name of a user behind ~"),
     "unknown device": (nothing, ["--device", "toaster"], "device: expected"),
     "template without a name": (nothing, ["--zero-shot-template", "a photo"], "template: expected"),
 }
