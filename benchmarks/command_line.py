@@ -1,4 +1,4 @@
-"""The verbs of ``python -m benchmarks``."""
+"""The verbs of ``python -m benchmarks`` but for ``gpu``."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ Peak memory is measured in a fresh process for each. Rows are appended to benchm
 columns mean is written in benchmarks/results/README.md.
 
 A first run: python -m benchmarks topk_similarity --quick
+
+A machine with a GPU, for minutes: python -m benchmarks gpu --help
 
 Then: python -m benchmarks plot"""
 

@@ -30,7 +30,7 @@ def encode_padded(model: nn.Module, context: Tensor, ids: Tensor, *, normalise: 
 def encode_embedded(model: nn.Module, x: Tensor, end: Tensor, *, normalise: bool = True) -> Tensor:
     """Text features (S, D) of S sequences of token embeddings (S, L, W) that end at end (S,)."""
     x = model.transformer(x + model.positional_embedding, attn_mask=model.attn_mask)
-    text = model.ln_final(x)[torch.arange(len(x)), end] @ model.text_projection
+    text = model.ln_final(x)[torch.arange(len(x), device=x.device), end] @ model.text_projection
     return F.normalize(text, dim=-1) if normalise else text
 
 

@@ -25,6 +25,7 @@ NAMES = {
     "DTD + Caltech-101 + 250 invented": (*DTD, *CALTECH, *INVENTED[:250]),
     "DTD + Caltech-101 + 853 invented": (*DTD, *CALTECH, *INVENTED[:853]),  # as many as ImageNet has
 }
+MODEL = "ViT-B-16-quickgelu"
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 PADDED, COMPILED, TRUNCATED, OURS = "77 tokens", "77 tokens, torch.compile", "longest name", "fastprompt"
@@ -46,7 +47,7 @@ def build(shape: Shape, device: torch.device) -> Case:
     logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of random weights, which are meant here
     torch.manual_seed(0)
     torch.compiler.reset()
-    backbone = load_backbone("ViT-B-16-quickgelu", "random", device=device, precision=PRECISIONS[shape["dtype"]])
+    backbone = load_backbone(MODEL, "random", device=device, precision=PRECISIONS[shape["dtype"]])
     names, model = NAMES[shape["names"]], backbone.model
     class_tokens = backbone.tokenize(names)
     ids = open_clip.SimpleTokenizer()(list(names), context_length=backbone.context_length).to(device)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.peers import encode_padded, gallop_dense
 
@@ -90,6 +92,8 @@ def gallop_step(
     contexts: Tensor,
     projection: Tensor,
     task: Task,
+    *,
+    again: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Logits (B, C) and loss, in float32 behind the towers.
 
@@ -100,6 +104,7 @@ def gallop_step(
         contexts: (G, M, W), learned, those of global prompts first; each counts ``task.copies`` times.
         projection: (W, W), learned, of patches.
         task: images, labels and names.
+        again: encode the text of a prompt a second time in the backward pass, instead of keeping the graphs of all.
     """
     dtype = visual.proj.dtype
     with torch.no_grad():
@@ -107,6 +112,7 @@ def gallop_step(
         pooled = F.normalize((visual.ln_post(x[:, 0]) @ visual.proj).float(), dim=-1)
         patches = visual.ln_post(values[:, 1:])
     local = F.normalize((F.linear(patches, projection.to(dtype)) @ visual.proj).float(), dim=-1)
-    in_turn = [encode_padded(tower, one[None], task.ids) for one in contexts.to(dtype)]  # as GalLoP's code does
+    encode = partial(checkpoint, encode_padded, use_reentrant=False) if again else encode_padded
+    in_turn = [encode(tower, one[None], task.ids) for one in contexts.to(dtype)]  # as GalLoP's code does
     text = torch.cat(in_turn).float().repeat_interleave(task.copies, dim=0)
     return gallop_dense(text, pooled, local, task.k, task.scale, task.labels, task.drawn)

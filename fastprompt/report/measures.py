@@ -16,6 +16,5 @@ MEASURES = {
     "new": percent_column("New"),
     "harmonic": percent_column("H"),
     "fpr95": percent_column("FPR95", higher_is_better=False),
-    "fpr95_gallop": percent_column("FPR95 by GalLoP's rule", higher_is_better=False),
     "auroc": percent_column("AUROC"),
 }

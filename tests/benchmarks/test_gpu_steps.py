@@ -1,0 +1,281 @@
+"""The steps of python -m benchmarks gpu: what they notice, and how calls are timed on a device that is made up here."""
+
+import inspect
+import time
+from importlib import import_module
+
+import pytest
+import torch
+from fastprompt_kernels import topk_similarity
+
+from benchmarks import step_profile, text_encoder, train_step
+from benchmarks.gpu import candidates, capture, cases, clock, launches, sweep, tail, values
+from benchmarks.gpu.command import main
+from benchmarks.gpu.plan import STEPS, Plan
+from benchmarks.gpu.store import items, outcomes
+from benchmarks.measure import Case, UnavailableError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def plan(tmp_path):
+    return Plan(rehearse=True, quick=True, out=tmp_path)
+
+
+class FakeGraph:
+    """Of torch.cuda: notes what is done; a millisecond passes for each call that is launched or replayed."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def replay(self):
+        Device.now += self.calls
+
+
+class Device:
+    now, capturing, log = 0.0, None, []
+
+
+class FakeCapture:
+    def __init__(self, *arguments, **options):
+        inspect.signature(REAL_CAPTURE.__init__).bind(None, *arguments, **options)  # as torch would take them
+        self.graph = arguments[0]
+
+    def __enter__(self):
+        Device.capturing = self.graph
+
+    def __exit__(self, *_):
+        Device.capturing = None
+
+
+class FakeEvent:
+    def __init__(self, enable_timing=False):
+        assert enable_timing
+
+    def record(self):
+        self.at = Device.now
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+class FakeStream:
+    def __init__(self, device=None):
+        pass
+
+    def wait_stream(self, other):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+REAL_CAPTURE = torch.cuda.graph
+
+
+@pytest.fixture
+def device(monkeypatch):
+    Device.now, Device.capturing, Device.log = 0.0, None, []
+    for name in ("synchronize", "_sleep", "Stream", "Event", "CUDAGraph", "current_stream", "stream"):
+        assert hasattr(torch.cuda, name)
+    monkeypatch.setattr(torch.cuda, "graph", FakeCapture)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: FakeStream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: Device.log.append(cycles))
+    return torch.device("cuda")
+
+
+def call(ms=1.0):
+    def run():
+        if Device.capturing is None:
+            Device.now += ms
+        else:
+            Device.capturing.calls += ms
+
+    return run
+
+
+def test_times_of_a_device_are_those_of_one_call_by_its_own_clock(device):
+    row = clock.time_calls([call(2.0), call(4.0)], device, 0.01)
+    assert row["graph_ms"] == row["queued_ms"] == row["ms"] == 3.0
+    assert row["timed"] == "graph replays" and 0 < row["wall_ms"] < 3.0  # of the host, which only launches
+    assert Device.log and all(0 < cycles <= 0.2 * clock.CLOCK_HZ for cycles in Device.log)
+
+
+def test_what_cannot_be_captured_is_timed_all_the_same(device):
+    def run():
+        if Device.capturing is not None:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        Device.now += 1.0
+
+    row = clock.time_calls([run], device, 0.01)
+    assert row["ms"] == row["queued_ms"] == 1.0 and "graph_ms" not in row
+    assert row["not_captured"] == "operation not permitted when stream is capturing"
+
+
+def test_long_calls_are_not_captured(device, monkeypatch):
+    monkeypatch.setattr(clock, "LONG_MS", 0.0)
+    row = clock.time_calls([call()], device, 0.01)
+    assert row["timed"] == "queued behind a sleep" and "not_captured" not in row
+
+
+def test_a_capture_on_a_processor_fills_the_same_memory():
+    x = torch.ones(3)
+    replay, result = clock.capture(lambda: [2 * x], CPU)
+    x.fill_(5)
+    assert result[0].tolist() == [2, 2, 2]
+    replay()
+    assert result[0].tolist() == [10, 10, 10]
+
+
+def _case(shape, device):
+    truth = torch.ones(3)
+
+    def unavailable():
+        raise UnavailableError("not here")
+
+    def too_large():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    runs = {
+        "good": lambda: (truth,), "wrong": lambda: (1.1 * truth,), "missing": unavailable, "large": too_large,
+        "part": lambda: time.sleep(0.01) or (truth,),
+    }  # fmt: skip
+    return Case(
+        runs, "good", lambda: (truth,), 1e-4, floors={"floor": lambda: None}, shares={"part": 4}, units={"part": 2}
+    )
+
+
+def test_one_implementation_that_is_wrong_or_does_not_fit_leaves_the_others(plan):
+    timed = cases.Timed(
+        "some", _case, {"dtype": "float32"}, ("good", "wrong", "missing", "large", "part", "floor", "no")
+    )
+    rows = [row for rows in timed.items(plan).values() for row in rows()]
+    found = {row["implementation"]: row for row in rows}
+    assert found["good"]["ms"] > 0 and found["floor"]["ms"] > 0 and found["part"]["counted"] == 2.0
+    assert 20 <= found["part"]["ms"] < 40  # a fourth of the work, of two images: its 10 ms count twice
+    assert found["wrong"]["wrong"].startswith("wrong: result 0 is 1.0e-01") and "ms" not in found["wrong"]
+    assert found["missing"]["left_out"] == "not here" and "does not fit" in found["large"]["left_out"]
+    assert found["no"]["left_out"] == "not measured with this shape"
+
+
+def wrong_rows(found):
+    return [row for rows in found for row in rows() if row["right"] is False]
+
+
+@pytest.mark.parametrize("kind", ["values", "ties"])
+def test_a_kernel_that_computes_something_else_is_noticed(plan, monkeypatch, kind):
+    def off(patches, prompts, k, impl, **options):
+        k = [[scale + 1 for scale in row] for row in k] if impl == "triton" else k
+        return topk_similarity(patches, prompts, k, impl="dense" if impl == "triton" else impl, **options)
+
+    chosen = {name: rows for name, rows in values.items(plan).items() if "topk" in name and "NaN" not in name}
+    chosen = [rows for name, rows in chosen.items() if ("ties" in name) == (kind == "ties")]
+
+    def right(patches, prompts, k, impl):
+        return topk_similarity(patches, prompts, k, impl="dense" if impl == "triton" else impl)
+
+    monkeypatch.setattr(values, "topk_similarity", right)
+    assert chosen and not wrong_rows(chosen)
+    monkeypatch.setattr(values, "topk_similarity", off)
+    assert wrong_rows(chosen)
+
+
+def test_nan_that_is_swallowed_is_noticed(plan, monkeypatch):
+    (rows,) = (rows for name, rows in values.items(plan).items() if name.endswith("NaN"))
+    dense = lambda patches, prompts, k, impl: topk_similarity(patches, prompts, k, impl="dense")  # noqa: E731
+    monkeypatch.setattr(values, "topk_similarity", dense)
+    assert not wrong_rows([rows])
+    monkeypatch.setattr(values, "topk_similarity", lambda *args, **kwargs: dense(*args, **kwargs).nan_to_num())
+    assert len(wrong_rows([rows])) == 2
+
+
+def test_an_operator_that_a_graph_does_not_replay_is_noticed(monkeypatch):
+    x = torch.ones(2, 3)
+    assert not wrong_rows([lambda: capture._graph(lambda x: 2 * x, [x.clone()])])
+    monkeypatch.setattr(capture, "capture", lambda function, device: (lambda: None, [t.clone() for t in function()]))
+    assert wrong_rows(
+        [lambda: capture._graph(lambda x: x * torch.tensor([[1.0], [2.0]]), [torch.arange(6.0).view(2, 3)])]
+    )
+
+
+@pytest.mark.parametrize("part", launches.parts(Plan(True, False, None)), ids=str)
+def test_every_change_of_a_launch_table_is_a_row_that_the_kernel_takes(plan, part):
+    """Its names are those of the table; the interpreter runs one of them, and the sweep only those that are right."""
+    usual = part.usual(CPU, 196)
+    assert all(set(change) <= set(usual) for change in part.changes)
+    assert part.changed(CPU, 196, {}) == usual
+
+
+def test_only_rows_that_compute_the_same_are_timed(plan, monkeypatch):
+    def found(right):
+        return {"part": "forward_kernel k=16 keep", "change": {"num_stages": 3}, "right": right}
+
+    monkeypatch.setattr(sweep.store, "items", lambda out, step: {"x": type("Item", (), {"rows": [found(right)]})})
+    monkeypatch.setattr(sweep, "time_calls", lambda calls, device, seconds: {"ms": 1.0})
+    (item,) = sweep.items(plan).values()
+    for right in (False, True):
+        assert [row["usual"] for row in item()] == [True, False][: 1 + right]
+
+
+def test_a_row_that_computes_something_else_is_noticed(plan, monkeypatch):
+    (item,) = candidates.items(plan).values()
+    results = iter([(torch.ones(3),), (torch.tensor([1.0, 1.0, 1.1]),)] * 2)
+    monkeypatch.setattr(launches.Part, "prepare", lambda self, plan, images: lambda blocks: next(results))
+    assert [row["right"] for row in item()] == [False]
+
+
+def test_the_tail_has_every_shape_for_a_gpu(tmp_path):
+    names = list(tail.items(Plan(False, False, tmp_path)))
+    shapes = [shape for module in tail.BENCHMARKS for shape in module.BENCHMARK.shapes["cuda"]]
+    assert len(names) == len(shapes) > 50
+
+
+@pytest.fixture
+def models(monkeypatch):
+    """What a rehearsal puts in the place of large models comes back."""
+    for module, names in (
+        (text_encoder, ["MODEL"]),
+        (train_step, ["MODEL"]),
+        (step_profile, ["SECONDS", "STORED", "PICTURE"]),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setitem(text_encoder.NAMES, "DTD", text_encoder.NAMES["DTD"])
+
+
+BY_COMMAND = ("environment", "values", "candidates", "sweep")
+
+
+@pytest.mark.parametrize("step", [step.name for step in STEPS if step.name not in BY_COMMAND])
+def test_every_item_of_a_quick_rehearsal_is_right(step, plan, models, monkeypatch):
+    """In this process; those below in processes of their own."""
+    monkeypatch.setattr("benchmarks.measure.peak_memory", lambda *_: None)
+    monkeypatch.setattr("benchmarks.measure.QUICK_SECONDS", 0.1)
+    rows = [row for item in import_module(f"benchmarks.gpu.{step}").items(plan).values() for row in item()]
+    assert rows and not [row for row in rows if row.get("right") is False or "wrong" in row]
+    assert all("left_out" not in row for row in rows)
+
+
+def test_rehearsed_by_the_command(tmp_path):
+    """Some steps, each in processes of its own; all of them: ``python -m benchmarks gpu --rehearse``."""
+    out = tmp_path / "out"
+    assert main(["--rehearse", "--quick", "--minutes", "10", "--out", str(out), "--only", *BY_COMMAND]) == 0
+    wrong = {
+        name
+        for step in BY_COMMAND
+        for name, item in items(out, step).items()
+        if item.error or not item.finished or any(row.get("right") is False for row in item.rows)
+    }
+    assert wrong <= {"topk_similarity bfloat16 NaN"}  # which the sorting network swallows
+    assert set(outcomes(out)) == set(BY_COMMAND)
+    assert len(list(items(out, "sweep")["forward_kernel k=16 keep"].rows)) == 2
+    assert "not run" in (out / "report.md").read_text() and (tmp_path / "out.zip").exists()
