@@ -44,7 +44,7 @@ if TYPE_CHECKING:
         find_method,
         make_learner,
     )
-    from fastprompt.training import TrainingSettings, fit, published_settings
+    from fastprompt.training import TrainingSettings, as_source, fit, published_settings
 
 _ROOMS = ("backbone", "data", "evaluation", "exchange", "experiment", "layers", "learners", "report", "training")
 
@@ -59,7 +59,7 @@ _HOMES = {
         *("CoCoOp", "CoOp", "CoPL", "DuAlPT", "DualView", "GalLoP", "KgCoOp", "LoCoOp", "PLOT", "ProGrad", "SOTGLP"),
         "ZeroShot",
     ),
-    "training": ("TrainingSettings", "fit", "published_settings"),
+    "training": ("TrainingSettings", "as_source", "fit", "published_settings"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -88,6 +88,7 @@ __all__ = [
     "TrainingSettings",
     "ZeroShot",
     "__version__",
+    "as_source",
     "backbone",
     "base_to_new",
     "data",

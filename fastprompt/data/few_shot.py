@@ -1,7 +1,9 @@
 """Choosing what to learn from: K images a class, and the base or new half of the classes."""
 
 import logging
-from typing import Literal
+import random
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -10,17 +12,24 @@ from fastprompt.errors import InputError
 
 _log = logging.getLogger(__name__)
 
+Sampler = Literal["exact", "published", "stratified"]
+
 
 def few_shot(
     images: LabelledImages,
     shots: int | None,
     seed: int,
-    sampler: Literal["exact", "stratified"] = "exact",
+    sampler: Sampler = "exact",
 ) -> LabelledImages:
     """Draw a few labelled images; the draw depends on ``images`` and ``seed`` only, never on a global RNG.
 
-    ``"exact"`` takes exactly K images of every class, and all of a class that has fewer (the CoOp family). The images
-    of K shots are among those of K+1 shots of the same seed, so curves over the shots are nested.
+    ``"exact"`` takes exactly K images of every class, and all of a class that has fewer, as the CoOp family does. The
+    images of K shots are among those of K+1 shots of the same seed, so curves over the shots are nested, and a class
+    keeps its images whatever the other classes are. They are not the images that the published code draws.
+
+    ``"published"`` takes as many, and the very images that CoOp's code (``generate_fewshot_dataset`` of Dassl) takes
+    for the same seed, if ``images`` are those of its split file in the file's order; in its order, too. Draws are not
+    nested then. For base-to-new, draw from all classes, then select, as that code does.
 
     ``"stratified"`` takes K * C images (all if there are no more) in the proportions of the classes, as GalLoP's code
     does: frequent classes get more than K, rare ones fewer, perhaps none. Shares are rounded by largest remainder, ties
@@ -30,7 +39,7 @@ def few_shot(
         images: Usually the training split.
         shots: K; None or 0 for all images.
         seed: At least 0.
-        sampler: "exact" or "stratified".
+        sampler: "exact", "published" or "stratified".
 
     Returns:
         The chosen images, grouped by class, with all C class names.
@@ -41,6 +50,8 @@ def few_shot(
     _check_draw(shots, seed, sampler)
     if not shots:
         return images
+    if sampler == "published":
+        return images.subset(_published(images.labels, shots, seed))
     labels = np.asarray(images.labels)
     available = np.bincount(labels, minlength=len(images.class_names))  # (C,)
     if sampler == "exact":
@@ -86,8 +97,21 @@ def _check_draw(shots: int | None, seed: int, sampler: str) -> None:
         raise InputError(f"shots: expected at least 1, or 0 for all images, got {shots}")
     if seed < 0:
         raise InputError(f"seed: expected at least 0, got {seed}")
-    if sampler not in ("exact", "stratified"):
-        raise InputError(f"sampler: expected 'exact' or 'stratified', got {sampler!r}")
+    if sampler not in get_args(Sampler):
+        raise InputError(f"sampler: expected one of {get_args(Sampler)}, got {sampler!r}")
+
+
+def _published(labels: Sequence[int], shots: int, seed: int) -> list[int]:
+    """One stream of Python's own generator for all classes, in the order in which they first occur."""
+    by_class: dict[int, list[int]] = {}
+    for index, label in enumerate(labels):
+        by_class.setdefault(label, []).append(index)
+    stream = random.Random(seed)
+    return [
+        index
+        for indices in by_class.values()
+        for index in (stream.sample(indices, shots) if len(indices) >= shots else indices)
+    ]
 
 
 def _proportional(available: np.ndarray, total: int, rng: np.random.Generator) -> np.ndarray:

@@ -12,11 +12,13 @@ from fastprompt.errors import InputError
 from fastprompt.evaluation import metrics
 from fastprompt.evaluation.summary import Summary
 from fastprompt.progress import progress_bar
+from fastprompt.training.given import as_source
 
 if TYPE_CHECKING:
     from fastprompt.backbone import ImageFeatures
     from fastprompt.learners import Learner
     from fastprompt.training import FeatureSource
+    from fastprompt.training.given import Images
 
 
 @dataclass(frozen=True)
@@ -93,27 +95,28 @@ class OodDetection:
         auroc: area under the ROC curve, out-of-distribution as the positive class.
         fpr95: share of out-of-distribution images kept when 95 % of the in-distribution images are kept.
         kind: which score.
+        fpr_rule: which threshold keeps 95 %.
     """
 
     auroc: float
     fpr95: float
     kind: str
+    fpr_rule: metrics.FprRule = "standard"
 
 
-def predict_all(
-    learner: "Learner", source: "FeatureSource", *, batch_size: int = 256, progress: bool = True
-) -> Predictions:
+def predict_all(learner: "Learner", source: "Images", *, batch_size: int = 256, progress: bool = True) -> Predictions:
     """Predict every image of a source.
 
     Args:
         learner: the classifier; its training mode is left as it was.
-        source: the images.
+        source: the images; those of `as_source`, too.
         batch_size: images at a time.
         progress: show a progress bar.
 
     Raises:
         InputError: the source is empty, or the batch size is not positive.
     """
+    source = as_source(source, learner, what="test images", progress=progress)
     classes, confidences = [], []
     with _inference(learner):
         for features in _batches(learner, source, batch_size, "predict" if progress else None):
@@ -124,19 +127,21 @@ def predict_all(
 
 
 def evaluate_accuracy(
-    learner: "Learner", source: "FeatureSource", *, batch_size: int = 256, progress: bool = True
+    learner: "Learner", source: "Images", *, batch_size: int = 256, progress: bool = True
 ) -> Accuracy:
     """Measure how often the learner's first choice is right.
 
     Args:
         learner: the classifier; its training mode is left as it was.
-        source: the test images; their labels index `learner.class_names`.
+        source: the test images; their labels index `learner.class_names`. A torch Dataset or DataLoader of
+            (image, label) is taken, too; see `as_source`.
         batch_size: images at a time.
         progress: show a progress bar.
 
     Raises:
         InputError: a label has no class name, the source is empty, or the batch size is not positive.
     """
+    source = as_source(source, learner, what="test images", progress=progress)
     labels = source.labels.cpu()
     class_count = len(learner.class_names)
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < class_count:
@@ -154,8 +159,8 @@ def evaluate_accuracy(
 
 def base_to_new(
     learner: "Learner",
-    base: "FeatureSource",
-    new: "FeatureSource",
+    base: "Images",
+    new: "Images",
     new_class_names: Sequence[str],
     *,
     batch_size: int = 256,
@@ -180,10 +185,11 @@ def base_to_new(
 
 def ood_detection(
     learner: "Learner",
-    in_source: "FeatureSource",
-    out_source: "FeatureSource",
+    in_source: "Images",
+    out_source: "Images",
     kind: str = "gl-mcm",
     *,
+    fpr_rule: metrics.FprRule = "standard",
     batch_size: int = 256,
     progress: bool = True,
 ) -> OodDetection:
@@ -194,17 +200,20 @@ def ood_detection(
         in_source: test images of the learner's classes.
         out_source: images of none of its classes; their labels are not used.
         kind: "mcm", "l-mcm" or "gl-mcm".
+        fpr_rule: "standard" or "gallop", see `fpr_at_recall`.
         batch_size: images at a time.
         progress: show progress bars.
     """
 
-    def scores(source: "FeatureSource", title: str) -> Tensor:
+    def scores(source: "Images", title: str) -> Tensor:
+        source = as_source(source, learner, what=f"{title} images", progress=progress)
         with _inference(learner):
             batches = _batches(learner, source, batch_size, title if progress else None)
             return torch.cat([learner.ood_score(features, kind=kind).cpu() for features in batches])
 
     in_scores, out_scores = scores(in_source, "in-distribution"), scores(out_source, "out-of-distribution")
-    return OodDetection(metrics.auroc(in_scores, out_scores), metrics.fpr_at_recall(in_scores, out_scores), kind)
+    fpr95 = metrics.fpr_at_recall(in_scores, out_scores, rule=fpr_rule)
+    return OodDetection(metrics.auroc(in_scores, out_scores), fpr95, kind, fpr_rule)
 
 
 @contextmanager

@@ -151,8 +151,9 @@ class TrainConfig(ExperimentConfig):
 
     shots: int = 16
     """Training images per class; 0 for all of them."""
-    sampler: Literal["exact", "stratified"] = "exact"
-    """exact: that many of every class (CoOp). stratified: in proportion to class sizes (GalLoP's code)."""
+    sampler: Literal["exact", "published", "stratified"] = "exact"
+    """exact: that many of every class. published: the very images that CoOp's code draws for this seed and split file.
+    stratified: in proportion to class sizes (GalLoP's code)."""
     seed: int = 1
     """Which images are drawn, in which order they come, and all other random choices."""
     augment: bool = False
@@ -209,6 +210,9 @@ class EvaluateConfig(FeatureConfig):
     """Folder of images of no class, at any depth; adds how well they are told apart (FPR95, AUROC)."""
     ood_kind: Literal["mcm", "l-mcm", "gl-mcm"] = "gl-mcm"
     """Out-of-distribution score: of the image, of its patches, or both."""
+    fpr_rule: Literal["standard", "gallop"] = "standard"
+    """FPR95 with the threshold that keeps at least 95 % of the known images, or as in GalLoP's and GL-MCM's code, with
+    the loosest one that keeps a share as near to 95 % as can be: higher, on few images."""
     device: str | None = None
     """Where it runs. Default: cuda if there is one."""
 

@@ -64,9 +64,10 @@ def train_run(config: ExperimentConfig, *, backbone: Backbone | None = None, pro
     """
     config.settings()  # a number out of its range is said before anything is read
     dataset = load_dataset(config.data, split_file=config.split_file, keep_underscores=config.keep_underscores)
-    train = select_classes(dataset.train, config.classes)
+    train = dataset.train
     if isinstance(config, TrainConfig):
         train = few_shot(train, config.shots or None, config.seed, config.sampler)
+    train = select_classes(train, config.classes)  # after the draw, as published
     asked = config.resolved() | data_identity(config, dataset, train, progress=progress)
     run = RunFolder.create_or_resume(config.out or default_run_folder(config, dataset), asked)
     with run.locked():

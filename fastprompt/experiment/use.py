@@ -17,6 +17,7 @@ from fastprompt.errors import InputError
 from fastprompt.evaluation import Row, evaluate_accuracy, ood_detection
 from fastprompt.experiment.config import EvaluateConfig, ExplainConfig, PredictConfig
 from fastprompt.experiment.sources import feature_source, image_transform, split_of, unlabelled
+from fastprompt.files import replacing
 from fastprompt.learners import Learner, ZeroShot
 from fastprompt.learners.stored import read_description, rebuild
 from fastprompt.report import MEASURES, Table, draw_selected_patches
@@ -86,13 +87,17 @@ def evaluate_run(config: EvaluateConfig, *, progress: bool = True) -> Table:
         if unknown is None
         else feature_source(unknown, learner.backbone, config, progress=progress, what="images of no class")
     )
-    measures = ["accuracy", "mean_per_class", "calibration_error"] + ([] if outside is None else ["fpr95", "auroc"])
+    measures = ["accuracy", "mean_per_class", "calibration_error"]
+    if outside is not None:
+        measures += ["fpr95" if config.fpr_rule == "standard" else f"fpr95_{config.fpr_rule}", "auroc"]
     rows = []
     for row in {zero_shot.method: zero_shot, learner.method: learner}.values():
         result = evaluate_accuracy(row, source, progress=progress)
         cells = [result.top1, result.mean_per_class, result.calibration_error]
         if outside is not None:
-            detection = ood_detection(row, source, outside, config.ood_kind, progress=progress)
+            detection = ood_detection(
+                row, source, outside, config.ood_kind, fpr_rule=config.fpr_rule, progress=progress
+            )
             cells += [detection.fpr95, detection.auroc]
         rows.append(Row(row.method, tuple(cells)))
     columns = tuple(MEASURES[name] for name in measures)
@@ -139,7 +144,8 @@ def explain_image(config: ExplainConfig) -> tuple[Path, str]:
     file = re.sub(r"\W", "_", f"{config.image.stem}-{name}") + ".png"
     out = config.out or config.run / "explained" / file
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=160)
+    with replacing(out) as temporary:
+        figure.savefig(temporary, format="png", dpi=160)
     return out, name
 
 

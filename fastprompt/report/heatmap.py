@@ -101,7 +101,7 @@ def _draw_panel(axes: Axes, pixels: NDArray[np.float32], grid: tuple[int, int], 
     rows, columns = grid
     axes.imshow(pixels, extent=(0, columns, rows, 0), aspect=columns / rows)
     axes.set_axis_off()
-    axes.set_title(title, fontsize=9, color=INK, pad=4)
+    axes.set_title(title, fontsize=9, color=INK, pad=4, parse_math=False)  # a class may be called $x$
 
 
 def _outline(axes: Axes, selected: NDArray[np.bool_], color: str) -> None:

@@ -16,5 +16,6 @@ MEASURES = {
     "new": percent_column("New"),
     "harmonic": percent_column("H"),
     "fpr95": percent_column("FPR95", higher_is_better=False),
+    "fpr95_gallop": percent_column("FPR95 by GalLoP's rule", higher_is_better=False),
     "auroc": percent_column("AUROC"),
 }

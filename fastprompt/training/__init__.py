@@ -1,5 +1,6 @@
 """Training: settings, sources of batches, the loop, and the run folder that it writes."""
 
+from fastprompt.training.given import as_source
 from fastprompt.training.interrupt import Interrupted
 from fastprompt.training.loop import fit
 from fastprompt.training.metrics import EpochMetrics, TrainingResult
@@ -17,6 +18,7 @@ __all__ = [
     "TrainingResult",
     "TrainingSettings",
     "ViewSource",
+    "as_source",
     "epoch_metrics",
     "fit",
     "published_settings",

@@ -20,6 +20,7 @@ from fastprompt.errors import InputError
 from fastprompt.learners.stored import restore_learned
 from fastprompt.progress import progress_bar, say_line
 from fastprompt.training.environment import changed_arithmetic
+from fastprompt.training.given import Images, as_source
 from fastprompt.training.interrupt import Interrupted, InterruptFlag
 from fastprompt.training.metrics import EpochMetrics, TrainingResult, peak_memory, reset_peak_memory
 from fastprompt.training.run_folder import DIVERGED, MODEL, STATE, RunFolder, epoch_metrics
@@ -38,7 +39,7 @@ ORDER, TRANSFORMS, LOSS = 0, 1, 2  # what random numbers are drawn for
 
 def fit(
     learner: Learner,
-    source: FeatureSource,
+    source: Images,
     settings: TrainingSettings,
     *,
     run: RunFolder | None = None,
@@ -52,7 +53,8 @@ def fit(
 
     Args:
         learner: What to train; its parameters are updated.
-        source: Training images as features, with labels.
+        source: Training images as features with labels, or as `as_source` takes them: a torch Dataset or DataLoader
+            of (image, label), or (ImageFeatures, labels). Images are encoded once.
         settings: Optimizer, schedule, seed.
         run: Where state and metrics are kept. An unfinished run is resumed; of a complete one the learned tensors are
             loaded and nothing is trained. When training is done, call `run.save_model`.
@@ -66,7 +68,8 @@ def fit(
         Interrupted: Ctrl-C or SIGTERM; the state after the last step is in the run folder. A second one raises
             KeyboardInterrupt at once.
     """
-    device = _check(learner, source)
+    source = as_source(source, learner, what="training images", progress=progress)
+    device = _check(learner, source, settings)
     with nullcontext() if run is None else run.locked():
         return _fit(learner, source, settings, run, device, on_epoch, progress)
 
@@ -93,7 +96,7 @@ def _fit(
         while training.epoch < settings.epochs:
             training.train_epoch(interrupt, bar)
             training.finish_epoch(on_epoch)
-            say_line(training.last_epoch(), bar, shown=progress)
+            say_line(training.history[-1].line(settings.epochs), bar, shown=progress)
             if interrupt.requested:
                 raise training.interrupted(interrupt.requested)
     learner.eval()
@@ -239,12 +242,6 @@ class _Training:
         total = self.settings.epochs * self.steps
         return progress_bar(what="training", shown=progress, total=total, initial=done, unit="step")
 
-    def last_epoch(self) -> str:
-        """The metrics of the epoch before in one line."""
-        last = self.history[-1]
-        shown = f"loss {last.loss:.4f}, accuracy {last.accuracy:.4f}, lr {last.lr:.3g}, {last.seconds:.1f} s"
-        return f"epoch {last.epoch} of {self.settings.epochs}: {shown}"
-
     def interrupted(self, number: int) -> Interrupted:
         # Between two epochs the last step is that of the epoch before.
         between = self.step == 0 and self.epoch > 0
@@ -278,8 +275,13 @@ def _own_random_numbers(device: torch.device) -> AbstractContextManager[Any]:
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
-def _check(learner: Learner, source: FeatureSource) -> torch.device:
+def _check(learner: Learner, source: FeatureSource, settings: TrainingSettings) -> torch.device:
     """The learner's device, after checks that need no step."""
+    if not isinstance(settings, TrainingSettings):
+        raise InputError(
+            "settings: expected TrainingSettings, such as published_settings(learner.recipes['default'], shots=16), "
+            f"got {type(settings).__name__}"
+        )
     parameters = dict(learner.named_parameters())
     if not parameters:
         raise InputError(f"learner must have something to train, but {learner.method} has no parameters")

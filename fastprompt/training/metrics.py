@@ -34,6 +34,11 @@ class EpochMetrics:
     images_per_second: float
     peak_memory_bytes: int | None
 
+    def line(self, epochs: int) -> str:
+        """Say the metrics in one line, as of so many epochs."""
+        shown = f"loss {self.loss:.4f}, accuracy {self.accuracy:.4f}, lr {self.lr:.3g}, {self.seconds:.1f} s"
+        return f"epoch {self.epoch} of {epochs}: {shown}"
+
 
 @dataclass(frozen=True)
 class TrainingResult:

@@ -63,20 +63,37 @@ class ReadImages(Protocol):
         ...
 
 
+def class_indices(labels: Sequence[int] | Tensor) -> Tensor:
+    """Labels as a tensor (n,) int64 on the CPU; ``InputError`` where they are no whole numbers, one an image."""
+    expected = "labels: expected integers (n,) that index the learner's class names"
+    try:
+        indices = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{expected}, got {labels!r:.80}") from error
+    if indices.dim() != 1 or (len(indices) and (indices.is_floating_point() or indices.is_complex())):
+        raise InputError(f"{expected}, got shape {tuple(indices.shape)} of {indices.dtype}")
+    return indices.to("cpu", torch.int64)
+
+
 class CachedSource:
     """Features that were computed before, for a deterministic transform.
 
     Args:
-        features: One row an image, for instance the data room's cached features.
+        features: One row an image: features in memory, or for instance the data room's cached features.
         labels: (n,) class indices in the order of the rows.
 
     Raises:
-        InputError: There are not as many labels as rows.
+        InputError: Neither kind of features, labels that are no integers, or not as many labels as rows.
     """
 
-    def __init__(self, features: FeatureRows, labels: Sequence[int] | Tensor) -> None:
+    def __init__(self, features: ImageFeatures | FeatureRows, labels: Sequence[int] | Tensor) -> None:
+        if not isinstance(features, ImageFeatures) and not hasattr(features, "rows"):
+            raise InputError(
+                "features: expected ImageFeatures(pooled (n, D), patches (n, P, W)), as backbone.encode_images makes "
+                f"them, or rows of a feature cache, got {type(features).__name__}"
+            )
         self.features = features
-        self.labels = torch.as_tensor(labels, dtype=torch.int64)
+        self.labels = class_indices(labels)
         checksum = getattr(features, "checksum", None)  # the feature cache has one
         self.origin = "features in memory" if checksum is None else f"cached features with checksum {checksum:08x}"
         if len(features) != len(self.labels):
@@ -87,6 +104,8 @@ class CachedSource:
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> ImageFeatures:
         """Features of the images at `indices` (b,); nothing here is random."""
+        if isinstance(self.features, ImageFeatures):
+            return self.features[indices]
         rows = self.features.rows(indices)
         return ImageFeatures(rows["pooled"], rows["patches"])
 
@@ -168,7 +187,7 @@ class ImageSource:
         if at_once < 1:
             raise InputError(f"image batch: expected at least 1 image, got {at_once}")
         self.paths = tuple(paths)
-        self.labels = torch.as_tensor(labels, dtype=torch.int64)
+        self.labels = class_indices(labels)
         self.read, self.read_plain = read, read_plain or read
         self.backbone = backbone
         self.at_once = at_once

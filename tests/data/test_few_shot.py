@@ -1,4 +1,5 @@
-from collections import Counter
+import random
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ def labelled(labels, n_classes=None):
 labels = st.lists(st.integers(0, 7), min_size=1, max_size=120)
 shots = st.integers(1, 12)
 seeds = st.integers(0, 2**32)
-samplers = st.sampled_from(["exact", "stratified"])
+samplers = st.sampled_from(["exact", "published", "stratified"])
 
 
 @given(labels, shots, seeds, samplers)
@@ -28,7 +29,49 @@ def test_a_draw_is_a_subset_without_repeats_grouped_by_class(labels, shots, seed
     assert drawn.class_names == images.class_names
     assert len(set(drawn.paths)) == len(drawn)
     assert set(zip(drawn.paths, drawn.labels, strict=True)) <= set(zip(images.paths, images.labels, strict=True))
-    assert list(drawn.labels) == sorted(drawn.labels) or len(drawn) == len(images)
+    if sampler != "published":
+        assert list(drawn.labels) == sorted(drawn.labels) or len(drawn) == len(images)
+
+
+def published_draw(items, shots, seed):
+    """What CoOp's code does with (path, label) of a split file: seed Python's generator, then sample class by class."""
+    state = random.getstate()
+    random.seed(seed)
+    classes = defaultdict(list)
+    for item in items:
+        classes[item[1]].append(item)
+    drawn = []
+    for some in classes.values():
+        drawn.extend(random.sample(some, shots) if len(some) >= shots else some)
+    random.setstate(state)
+    return drawn
+
+
+@given(labels, shots, seeds)
+def test_published_draws_are_those_of_coops_code(labels, shots, seed):
+    images = labelled(labels)
+    drawn = few_shot(images, shots, seed, "published")
+    expected = published_draw(list(zip(images.paths, images.labels, strict=True)), shots, seed)
+    assert list(zip(drawn.paths, drawn.labels, strict=True)) == expected
+
+
+def test_published_draws_are_written_down():
+    """So that another Python, or a change of ours, is noticed; classes count in the order in which they occur."""
+    images = labelled([1] * 30 + [0] * 300)
+    drawn = few_shot(images, 4, 1, "published")
+    assert [int(path.stem) for path in drawn.paths] == [4, 18, 27, 25, 62, 160, 90, 283]
+
+
+def test_published_draws_of_base_classes_are_made_among_all_classes():
+    """As CoOp's code does: a class further down takes its share of the stream."""
+    images = labelled([3, 0, 1, 2] * 9)
+    base = select_classes(few_shot(images, 2, 5, "published"), "base")
+    drawn = published_draw(list(zip(images.paths, images.labels, strict=True)), 2, 5)
+    assert list(base.paths) == [path for path, label in drawn if label < 2]
+    assert base.paths != few_shot(select_classes(images, "base"), 2, 5, "published").paths
+    for seed in range(5):  # of "exact", the order does not matter
+        exact = few_shot(select_classes(images, "base"), 2, seed)
+        assert select_classes(few_shot(images, 2, seed), "base") == exact
 
 
 @given(labels, shots, seeds)
@@ -63,13 +106,15 @@ def test_stratified_gives_the_largest_remainders_the_spare_images():
 @given(labels, shots, seeds, samplers)
 def test_draws_depend_on_the_seed_and_not_on_the_global_rng(labels, shots, seed, sampler):
     images = labelled(labels)
-    np.random.seed(0)  # noqa: NPY002 (the global generator is the point)
+    np.random.seed(0)  # noqa: NPY002 (the global generators are the point)
+    random.seed(0)
     first = few_shot(images, shots, seed, sampler)
     np.random.seed(1)  # noqa: NPY002
+    random.seed(1)
     assert few_shot(images, shots, seed, sampler) == first
 
 
-@pytest.mark.parametrize("sampler", ["exact", "stratified"])
+@pytest.mark.parametrize("sampler", ["exact", "published", "stratified"])
 def test_seeds_differ_and_reach_every_image(sampler):
     images = labelled([0] * 30 + [1] * 30)
     draws = [few_shot(images, 4, seed, sampler).paths for seed in range(100)]
@@ -96,7 +141,7 @@ def test_a_class_left_empty_is_said(caplog):
     [
         ((-1, 0), "shots: expected at least 1, or 0 for all images, got -1"),
         ((1, -3), "seed: expected at least 0, got -3"),
-        ((1, 0, "random"), "sampler: expected 'exact' or 'stratified', got 'random'"),
+        ((1, 0, "random"), "sampler: expected one of .'exact', 'published', 'stratified'., got 'random'"),
     ],
 )
 def test_bad_arguments(arguments, sentence):

@@ -1,5 +1,6 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -77,6 +78,52 @@ def test_threshold_keeps_at_least_95_percent_otherwise():
     assert fpr_at_recall(scores, scores, recall=0.9) == pytest.approx(0.9)
 
 
+def published_fpr(in_scores, out_scores, recall=0.95):
+    """The steps of GalLoP's and GL-MCM's code, on all thresholds from the loosest that keeps every known image."""
+    values = np.concatenate([-in_scores.double().numpy(), -out_scores.double().numpy()])
+    known = np.arange(len(values)) < len(in_scores)
+    order = np.argsort(values, kind="mergesort")[::-1]
+    values, known = values[order], known[order]
+    thresholds = np.append(np.flatnonzero(np.diff(values)), len(values) - 1)
+    kept = np.cumsum(known)[thresholds]
+    wrong = 1 + thresholds - kept
+    loosest = np.searchsorted(kept, kept[-1])
+    kept, wrong = kept[loosest::-1], wrong[loosest::-1]
+    return wrong[np.argmin(np.abs(kept / kept[0] - recall))] / len(out_scores)
+
+
+@pytest.mark.parametrize("levels", [3, 12, 60, 10**6])
+def test_gallops_rule_against_the_steps_of_its_code(levels):
+    generator = torch.Generator().manual_seed(levels)
+    for n in [*range(1, 60), 200, 1000]:
+        in_scores = torch.randint(levels, (n,), generator=generator) / levels - 2
+        out_scores = torch.randint(levels, (77,), generator=generator) / levels - 1.8
+        ours = fpr_at_recall(in_scores, out_scores, rule="gallop")
+        assert ours == pytest.approx(published_fpr(in_scores, out_scores), abs=1e-12), n
+
+
+def test_gallops_rule_counts_up_to_the_next_known_image():
+    known = torch.arange(100).float()  # 95 are kept, up to the score 94
+    unknown = torch.tensor([50, 94, 94.5, 94.9, 95, 96, 200, 201])
+    assert fpr_at_recall(known, unknown) == pytest.approx(2 / 8)
+    assert fpr_at_recall(known, unknown, rule="gallop") == 4 / 8
+    assert fpr_at_recall(known[:5], unknown, rule="gallop") == 0  # 5 of 5 are nearer to 95 % than 4
+    assert fpr_at_recall(known[:5], torch.tensor([4.0, 4.1]), rule="gallop") == 0.5
+    assert fpr_at_recall(known[:12], torch.tensor([10.5, 11.5]), rule="gallop") == 0.5  # 11 of 12 are kept
+    assert auroc(known, unknown) == pytest.approx(pairwise_auroc(known, unknown))
+
+
+@pytest.mark.parametrize("n, gap", [(100, 0.0095), (10_000, 0.0001)])
+def test_gallops_rule_is_higher_on_average_by_what_the_documentation_says(n, gap):
+    generator = torch.Generator().manual_seed(0)
+    gaps = []
+    for _ in range(200):
+        scores = torch.rand(2, n, generator=generator, dtype=torch.float64)
+        gaps.append(fpr_at_recall(*scores, rule="gallop") - fpr_at_recall(*scores))
+    assert min(gaps) > -1e-6
+    assert np.mean(gaps) == pytest.approx(gap, rel=0.2)
+
+
 def test_close_scores_stay_apart():
     in_scores = torch.tensor([50.0, 51.0, 52.0])  # a sigmoid in float32 makes all of these 1
     assert auroc(in_scores, in_scores + 10) == 1.0
@@ -93,5 +140,9 @@ def test_bad_input_is_one_sentence():
         auroc(torch.empty(0), torch.ones(2))
     with pytest.raises(InputError, match=r"out_scores .* 1 NaN among 2"):
         fpr_at_recall(torch.ones(2), torch.tensor([0.0, float("nan")]))
+    with pytest.raises(InputError, match=r"out_scores .* 1 NaN among 2"):
+        fpr_at_recall(torch.ones(2), torch.tensor([0.0, float("nan")]), rule="gallop")
+    with pytest.raises(InputError, match=r"rule: expected one of \('standard', 'gallop'\), got 'mcm'"):
+        fpr_at_recall(torch.ones(2), torch.ones(2), rule="mcm")
     with pytest.raises(InputError, match=r"\(2,\) and \(3,\)"):
         accuracy(torch.zeros(2, dtype=torch.long), torch.zeros(3, dtype=torch.long))

@@ -1,3 +1,4 @@
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -9,6 +10,7 @@ from fastprompt.evaluation import (
     Accuracy,
     BaseToNew,
     BaseToNewSummary,
+    OodDetection,
     Summary,
     base_to_new,
     evaluate_accuracy,
@@ -116,6 +118,10 @@ def test_ood_detection_uses_the_kind_and_the_direction():
     inside, outside = Source([0] * 20, list(range(20))), Source([0] * 5, [18.5, 30, 31, 32, 33])
     result = ood_detection(AnswerLearner("ab"), inside, outside, batch_size=7, progress=False)
     assert (result.auroc, result.fpr95, result.kind) == (pytest.approx(0.99), pytest.approx(0.0), "gl-mcm")
+    assert result.fpr_rule == "standard"
+    assert ood_detection(AnswerLearner("ab"), inside, outside, fpr_rule="gallop", progress=False) == OodDetection(
+        pytest.approx(0.99), 0.2, "gl-mcm", "gallop"
+    )
     flipped = ood_detection(AnswerLearner("ab"), inside, outside, "mcm", progress=False)
     assert (flipped.auroc, flipped.fpr95) == (pytest.approx(0.01), pytest.approx(1.0))
 
@@ -127,8 +133,12 @@ def test_summary_is_mean_and_sample_deviation():
         Summary.of([])
 
 
-def test_progress_bar_only_when_asked(capsys):
+def test_progress_bar_only_when_asked_and_on_a_terminal(capsys, monkeypatch):
     source = Source([0, 1], [0, 1])
+    evaluate_accuracy(AnswerLearner("ab"), source, progress=False)
+    evaluate_accuracy(AnswerLearner("ab"), source, progress=True)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     evaluate_accuracy(AnswerLearner("ab"), source, progress=False)
     assert capsys.readouterr().err == ""
     evaluate_accuracy(AnswerLearner("ab"), source, progress=True)

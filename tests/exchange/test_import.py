@@ -5,6 +5,7 @@ import logging
 import os
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from torch.optim.lr_scheduler import MultiStepLR, StepLR
 from fastprompt import InputError, load_backbone
 from fastprompt.cli import main
 from fastprompt.exchange.checkpoint import read_checkpoint
+from fastprompt.exchange.config import ImportConfig
+from fastprompt.exchange.import_run import import_run
 from fastprompt.experiment.use import load_run
 from tests.exchange.conftest import SGD, save_dassl, save_gallop
 from tests.learners.support import padded_text
@@ -159,6 +162,35 @@ def test_nothing_is_executed(how, zipped, common, tmp_path):
     with pytest.raises(InputError, match=f"without executing it, but it needs {how.__module__}.{how.__name__}$"):
         read_checkpoint(tmp_path / "bomb")
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "prompt_learner.", "module.prompt_learner."])
+@pytest.mark.parametrize("optimizer", [torch.optim.RMSprop, torch.optim.RAdam])
+def test_what_is_harmless_beside_the_tensors_is_read(prefix, optimizer, tmp_path):
+    context = torch.randn(4, 48)
+    optimizer = optimizer([torch.nn.Parameter(context)])
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    beside = {"best": np.float64(0.5), "curve": np.ones(3), "optimizer": optimizer.state_dict(), "schedule": schedule}
+    torch.save({"state_dict": {f"{prefix}ctx": context}, **beside}, tmp_path / "c")
+    read = read_checkpoint(tmp_path / "c")
+    assert read.method == "coop" and torch.equal(read.learned["context"], context)
+
+
+@pytest.mark.parametrize(
+    ("context", "words"),
+    [
+        (torch.ones(4, 48).to_sparse(), "sparse"),
+        (torch.ones(4, 48).to("meta"), "without values"),
+        (torch.zeros(1).expand(10**9, 48), r"expanded to shape \(1000000000, 48\)"),
+        (torch.ones(4, 48).long(), "of torch.int64"),
+        (torch.full((4, 48), float("nan")), "expected finite numbers in context"),
+    ],
+)
+def test_tensors_that_are_no_plain_numbers_are_refused(context, words, vit_backbone, names, tmp_path):
+    torch.save({"state_dict": {"ctx": context}}, tmp_path / "c")
+    with pytest.raises(InputError, match=words):
+        import_run(ImportConfig(file=tmp_path / "c", class_names=names, out=tmp_path / "run"), backbone=vit_backbone)
+    assert not (tmp_path / "run").exists()
 
 
 def test_bad_checkpoints_get_one_sentence(gallop, start, model_folder, names, common, tmp_path, capsys):

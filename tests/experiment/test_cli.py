@@ -130,7 +130,9 @@ def test_evaluate_other_classes_other_data_and_unknown_objects(trained, photos, 
     assert main(["evaluate", "run", "elsewhere", "--split", "all", "--ood", "unknown"]) == 0
     out = capsys.readouterr().out
     assert "10 images (all), 2 classes" in out
-    assert "FPR95" in out
+    assert "FPR95 (%)" in out
+    assert main(["evaluate", "run", "elsewhere", "--split", "all", "--ood", "unknown", "--fpr-rule", "gallop"]) == 0
+    assert "FPR95 by GalLoP's rule (%)" in capsys.readouterr().out
 
 
 def test_predict_names_images_with_probabilities(trained, photos, capsys):
@@ -217,6 +219,9 @@ BAD_INPUT = {
     "k below 1": (nothing, ["--k", "3", "0"], "k: expected"),
     "negative shots": (nothing, ["--shots", "-1"], "shots"),
     "no epochs": (nothing, ["--epochs", "0"], "epochs must be at least 1"),
+    "huge seed": (nothing, ["--seed", str(10**30)], "seed: expected a whole number of at most 64 bits"),
+    "no memory": (nothing, ["--image-memory", "nan"], "image_memory: expected a finite number, got nan"),
+    "no user": (nothing, ["--split-file", "~nouser/x"], "path ~nouser/x: expected the name of a user behind ~"),
     "unknown device": (nothing, ["--device", "toaster"], "device: expected"),
     "template without a name": (nothing, ["--zero-shot-template", "a photo"], "template: expected"),
 }

@@ -134,3 +134,10 @@ def test_bad_curves_are_one_sentence():
         draw_training_curves([TrainingCurve("CoOp", [[1.0, 2.0], [1.0]], ())])
     with pytest.raises(InputError, match="got none"):
         draw_training_curves([])
+
+
+@pytest.mark.parametrize("name", [r"$\frac$", "$x", "a$b$c"])
+def test_a_class_name_is_no_formula(name, tmp_path):
+    figure = draw_selected_patches(Image.new("RGB", (64, 64), GREEN), selection((2, 2)), (2, 2), [], name)
+    figure.savefig(tmp_path / "map.png")
+    assert figure.axes[0].get_title() == name

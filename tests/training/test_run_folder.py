@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from fastprompt.errors import InputError
 from fastprompt.files import LOCK, TEMPORARY
-from fastprompt.training import RunFolder
+from fastprompt.training import RunFolder, epoch_metrics
 from fastprompt.training.state import TrainingState
 from fastprompt.version import __version__
 
@@ -161,6 +161,39 @@ def test_damaged_or_foreign_state_is_refused(run, toy):
     (run.path / "model.safetensors").rename(file)
     with pytest.raises(InputError, match=r"expected a value 'class_names', got none"):
         run.load_state()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"step": -1}, "expected numbers of at least 0, got epoch 1, step -1"),
+        ({"epoch": -1}, "expected numbers of at least 0, got epoch -1, step 2"),
+        ({"seconds": float("nan")}, "expected numbers of at least 0"),
+        ({"epoch": "x"}, "epoch: expected int, got 'x'"),
+        ({"step": 3}, r"losses: expected finite numbers, torch.float32 \(3,\), got torch.float32 \(2,\)"),
+        ({"losses": torch.tensor([1.5, float("nan")])}, "losses: expected finite numbers"),
+        ({"labels": torch.ones(3)}, "labels: expected finite numbers, torch.int64"),
+        ({"momentum": {"b": torch.ones(1)}}, "learned tensors: expected a value 'b', got none"),
+        ({"momentum": {"a.weight": torch.ones(3)}}, r"momentum of a.weight: expected .* \(2, 3\), got .* \(3,\)"),
+    ],
+)
+def test_a_state_that_no_training_leaves_is_refused(run, change, words):
+    run.save_state(make_state(**change))
+    with pytest.raises(InputError, match=words):
+        run.load_state()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ({"kind": "epoch", "epoch": "x"}, "line 1: epoch: expected int, got 'x'"),
+        ({"kind": "epoch", "epoch": 1, "surprise": 1}, "metrics.jsonl: expected a value 'loss', got none"),
+    ],
+)
+def test_metrics_of_other_types_are_refused(run, line, words):
+    (run.path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(InputError, match=words):
+        epoch_metrics(run)
 
 
 def test_model_holds_tensors_and_metadata_and_completes_the_run(run, toy):

@@ -101,7 +101,7 @@ def test_view_source_refuses_what_it_cannot_do(toy):
     with pytest.raises(InputError, match="expected at least one view of every image, got none"):
         ViewSource([], [], toy.source)
     with pytest.raises(InputError, match=r"random views need a torch.Generator, got None"):
-        ViewSource([rows], torch.zeros(10), toy.source).batch(torch.tensor([0]))
+        ViewSource([rows], torch.zeros(10, dtype=torch.int64), toy.source).batch(torch.tensor([0]))
     with pytest.raises(InputError, match="as many as the 10 cached images, not 3"):
         ViewSource([rows], [0, 1, 2], toy.source)
 
