@@ -13,6 +13,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from fastprompt.documents import check_file
 from fastprompt.errors import InputError
 from fastprompt.files import write_tensors
 
@@ -76,6 +77,7 @@ class Shard:
         Raises:
             InputError: It is damaged, or of another cache.
         """
+        check_file(path, "feature cache")
         try:
             with safetensors.safe_open(path, framework="pt") as checked:  # compares header and size of the file
                 metadata = checked.metadata() or {}

@@ -5,7 +5,7 @@ from typing import Any
 
 from fastprompt.data.images import Dataset, LabelledImages, readable_name
 from fastprompt.documents import read_json, short
-from fastprompt.errors import InputError
+from fastprompt.errors import InputError, listed
 
 _Entry = tuple[str, int, str]  # path, label, class name
 _REQUIRED = ("train", "test")
@@ -20,7 +20,7 @@ def find_split_file(root: Path) -> Path | None:
     for pattern in ("split_zhou_*.json", "split*.json"):
         found = sorted(path for path in root.glob(pattern) if path.is_file())
         if len(found) > 1:
-            names = ", ".join(path.name for path in found)
+            names = listed([path.name for path in found])
             raise InputError(f"data folder {root}: has several split files ({names}); say which one with split_file")
         if found:
             return found[0]
@@ -115,7 +115,7 @@ def _image_folder(root: Path, split_file: Path, first: str) -> Path:
     for folder in folders:
         if _is_file(split_file, folder / first):
             return folder
-    tried = ", ".join(str(folder) for folder in folders)
+    tried = listed(folders)
     raise InputError(f"split file {split_file}: its first image {first} is in none of the folders tried ({tried})")
 
 
