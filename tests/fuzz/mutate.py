@@ -80,7 +80,7 @@ def spoil_bytes(rng: Random, content: bytes) -> bytes:
     """Bytes that were cut, flipped, or are something else."""
     how = rng.choice(["cut", "flip", "noise", "zeros", "empty", "append", "start"])
     at = rng.randrange(len(content) + 1)
-    if how == "cut":
+    if how == "cut" or not content:
         return content[:at]
     if how == "flip":
         spoiled = bytearray(content)
