@@ -129,8 +129,18 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         (folder / LOCK).unlink(missing_ok=True)  # first, so that whoever opened it sees that it is not the lock now
-        lock.close()
         _remove_empty(made)
+        lock.close()  # last: who waits for it finds the folder gone, and makes it anew as its own
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left in a folder; where one is at work, or nothing may be written, all stays."""
+    if (folder / LOCK).exists():
+        try:
+            with locked(folder):
+                return  # which swept it
+        except InputError:
+            return
 
 
 def _take(folder: Path, wait: bool, made: list[Path]) -> IO[str]:

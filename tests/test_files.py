@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from fastprompt import files
 from fastprompt.errors import InputError
-from fastprompt.files import locked, replacing, write_file, write_tensors
+from fastprompt.files import locked, replacing, sweep, write_file, write_tensors
 
 # Holds the folder's lock until its standard input ends.
 HOLD = "import sys; from pathlib import Path; from fastprompt.files import locked\n" + (
@@ -160,6 +160,17 @@ def test_the_lock_of_a_killed_process_is_free_and_its_unfinished_files_are_swept
     with locked(tmp_path / "run"):
         assert names(tmp_path / "run") == [files.LOCK, "other.tmp"]
     assert names(tmp_path / "run") == ["other.tmp"]
+
+
+def test_sweeping_leaves_what_another_process_works_on(tmp_path, other):
+    process = other()
+    sweep(tmp_path / "run")
+    assert names(tmp_path / "run") == [files.LOCK]
+    process.kill()
+    process.wait()
+    sweep(tmp_path / "run")
+    sweep(tmp_path / "none")
+    assert names(tmp_path) == ["run"]
 
 
 def test_waiting_says_for_whom_and_ends_with_the_lock(tmp_path, other):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from fastprompt.data.reading import default_workers
 from fastprompt.data.shards import Shard, damaged, write_shard
 from fastprompt.errors import InputError
-from fastprompt.files import locked
+from fastprompt.files import locked, sweep
 from fastprompt.progress import progress_bar, say_line
 
 SHARD_ROWS = 256
@@ -146,6 +146,7 @@ class FeatureCache:
         if not paths:
             raise InputError("feature cache: expected at least one image, got none")
         digests = hash_files(paths, workers=workers, progress=progress)
+        sweep(self.folder)
         self._open_new_shards()
         if not self._places.keys() >= set(digests):
             with locked(self.folder, wait=True):

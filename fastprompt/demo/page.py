@@ -13,6 +13,7 @@ from fastprompt.demo.experiment import SEEDS, SHOTS, DemoResult, Trial, run_expe
 from fastprompt.demo.scenes import DOMAINS, PRETRAIN_CLASSES
 from fastprompt.evaluation import Row, Summary, harmonic_mean
 from fastprompt.experiment.use import load_run
+from fastprompt.files import locked
 from fastprompt.report import (
     MEASURES,
     CaptionedFigure,
@@ -40,10 +41,11 @@ COLUMNS = {
 
 
 def run_demo(out: Path) -> str:
-    """Run the demo and write ``out/report.html``; returns what the terminal shows."""
-    result = run_experiment(out)
-    tables = all_classes_table(result), base_to_new_table(result)
-    write_report(_report(result, tables), out / "report.html")
+    """Run the demo and write ``out/report.html``; returns what the terminal shows. A second one in ``out`` waits."""
+    with locked(out, wait=True):
+        result = run_experiment(out)
+        tables = all_classes_table(result), base_to_new_table(result)
+        write_report(_report(result, tables), out / "report.html")
     shown = "\n\n".join(table.to_text() for table in tables)
     return f"\n{shown}\n\nreport: {out / 'report.html'} ({result.seconds:.0f} s)"
 

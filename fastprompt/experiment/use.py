@@ -17,7 +17,7 @@ from fastprompt.errors import InputError
 from fastprompt.evaluation import Row, evaluate_accuracy, ood_detection
 from fastprompt.experiment.config import EvaluateConfig, ExplainConfig, PredictConfig
 from fastprompt.experiment.sources import feature_source, image_transform, split_of, unlabelled
-from fastprompt.files import replacing
+from fastprompt.files import locked, replacing
 from fastprompt.learners import Learner, ZeroShot
 from fastprompt.learners.stored import read_description, rebuild
 from fastprompt.report import MEASURES, Table, draw_selected_patches
@@ -143,9 +143,8 @@ def explain_image(config: ExplainConfig) -> tuple[Path, str]:
     figure = draw_selected_patches(seen, weights, learner.backbone.patch_grid, list(maps), name)
     file = re.sub(r"\W", "_", f"{config.image.stem}-{name}") + ".png"
     out = config.out or config.run / "explained" / file
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as temporary:
-        figure.savefig(temporary, format="png", dpi=160)
+    with locked(out.parent, wait=True), replacing(out) as temporary:
+        figure.savefig(temporary, dpi=160, format="png")
     return out, name
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -94,13 +96,20 @@ class CachedSource:
             )
         self.features = features
         self.labels = class_indices(labels)
-        checksum = getattr(features, "checksum", None)  # the feature cache has one
-        self.origin = "features in memory" if checksum is None else f"cached features with checksum {checksum:08x}"
         if len(features) != len(self.labels):
             raise InputError(f"labels must be as many as the {len(features)} cached images, not {len(self.labels)}")
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def origin(self) -> str:
+        """Says which features these are: by the checksum of the cache, or of the pooled ones in memory."""
+        if isinstance(self.features, ImageFeatures):
+            pooled = self.features.pooled.detach().cpu().contiguous()
+            return f"features in memory with checksum {zlib.crc32(pooled.view(-1).view(torch.uint8).numpy()):08x}"
+        checksum = getattr(self.features, "checksum", None)
+        return "rows without a checksum" if checksum is None else f"cached features with checksum {checksum:08x}"
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> ImageFeatures:
         """Features of the images at `indices` (b,); nothing here is random."""
@@ -137,8 +146,12 @@ class ViewSource:
             raise InputError("views: expected at least one view of every image, got none")
         self.views = [CachedSource(view, labels) for view in views]
         self.labels = self.views[0].labels
-        self.origin = "; ".join(view.origin for view in self.views)
         self.plain = plain
+
+    @cached_property
+    def origin(self) -> str:
+        """Says which features these are, view by view."""
+        return "; ".join(view.origin for view in self.views)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -114,3 +114,15 @@ def test_a_cache_that_was_filled_in_other_batches_is_noticed_on_resume(photos, c
     assert (
         "run goes on, but may end with other last bits than unstopped: origin was cached features with" in caplog.text
     )
+
+
+def test_a_run_that_diverged_goes_on_with_a_smaller_lr_and_nothing_else(photos, common, capsys):
+    command = ["train", "coop", str(photos), *common, "--epochs", "4", "--out", "run"]
+    assert main([*command, "--lr", "1e38"]) == 2
+    assert "keeps the state before, and goes on with a smaller lr than 1e+38" in capsys.readouterr().err
+    assert main([*command, "--lr", "0.002", "--weight-decay", "0.1"]) == 2
+    assert "lr = 1e+38, but now lr = 0.002" in capsys.readouterr().err
+    assert main([*command, "--lr", "0.002"]) == 0
+    config = json.loads(Path("run", "config.json").read_text())
+    assert config["lr"] == 0.002 and config["diverged"] == [{"until_epoch": 1, "lr": 1e38}]
+    assert main([*command, "--lr", "0.002"]) == 0

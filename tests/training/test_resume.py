@@ -226,7 +226,7 @@ def test_what_changes_last_bits_is_said_on_resume(toy, tmp_path, caplog):
     toy.fit(toy.learner(), source, toy.settings(), run=toy.run(tmp_path / "run"))
     said = caplog.text.strip()
     assert "run goes on, but may end with other last bits than unstopped: threads was 1, is 2; " in said
-    assert said.endswith("origin was features in memory, is images encoded 3 at a time")
+    assert said.endswith("origin was rows without a checksum, is images encoded 3 at a time")
 
 
 def test_a_diverged_run_goes_on_from_its_last_state_with_a_smaller_lr(toy, tmp_path):

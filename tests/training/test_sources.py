@@ -111,3 +111,14 @@ def test_labels_must_match(toy):
         CachedSource(toy.source(n=10).features, [0, 1, 2])
     with pytest.raises(InputError, match="as many as the 1 image paths, not 2"):
         ImageSource([Path("a.png")], [0, 1], read=read, backbone=TinyTower())
+
+
+def test_a_source_says_which_features_it_has():
+    features = ImageFeatures(torch.rand(3, 8), torch.zeros(3, 2, 3))
+    again = ImageFeatures(features.pooled.clone(), features.patches)
+    nudged = ImageFeatures(features.pooled.nextafter(torch.ones(())), features.patches)
+    labels = [0, 1, 0]
+    origin = CachedSource(features, labels).origin
+    assert origin.startswith("features in memory with checksum ") and origin == CachedSource(again, labels).origin
+    assert CachedSource(nudged, labels).origin != origin
+    assert ViewSource([features, nudged], labels, None).origin == f"{origin}; {CachedSource(nudged, labels).origin}"
