@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -102,15 +103,63 @@ class Backbone(nn.Module):
         """Pooled and patch features of preprocessed images (B, 3, S, S).
 
         Patch features are the value-path features of GalLoP (arXiv 2407.01400) for ViT and ResNet towers, and the
-        feature map of the trunk for timm towers.
+        feature map of the trunk for timm towers. The features can be trained on wherever they were made, in a caller's
+        inference mode, too.
+
+        Raises:
+            InputError: another shape, whole numbers, or, where the images are in the host's memory, NaN or infinite
+                pixels; elsewhere looking for these would wait for the device.
         """
-        expected = (3, self.image_size, self.image_size)
-        if images.shape[1:] != expected:
-            raise InputError(f"images: expected shape (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
+        self._check_images(images)
         with torch.inference_mode():
             pooled, patches = self._images.encode(images.to(self.device, self.dtype))
         # What is made outside can be saved for a backward pass: normalised, and copied.
-        return ImageFeatures(F.normalize(at_least_float32(pooled), dim=-1), patches.clone())
+        with torch.inference_mode(False):
+            return ImageFeatures(F.normalize(at_least_float32(pooled), dim=-1), patches.clone(), self.fingerprint)
+
+    def _check_images(self, images: Tensor) -> None:
+        side = self.image_size
+        expected = f"images: expected a tensor (B, 3, {side}, {side})"
+        if not isinstance(images, Tensor):
+            raise InputError(f"{expected}, got {type(images).__name__}")
+        if images.shape[1:] != (3, side, side):
+            raise InputError(f"{expected}, got shape {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise InputError(
+                f"{expected} of floats, normalised with backbone.mean and backbone.std, got {images.dtype}: "
+                "divide levels by 255 first"
+            )
+        if images.device.type == "cpu" and not torch.compiler.is_compiling() and not images.isfinite().all():
+            raise InputError(f"{expected} of finite numbers, got NaN or infinity")
+
+    def accept(self, features: ImageFeatures) -> ImageFeatures:
+        """Image features on the backbone's device, which can be trained on.
+
+        Args:
+            features: of B images.
+
+        Raises:
+            InputError: something else, or features of another backbone.
+        """
+        if not isinstance(features, ImageFeatures):
+            made = "ImageFeatures, as backbone.encode_images(images) makes them"
+            raise InputError(f"features: expected {made}, got {type(features).__name__}")
+        if features.fingerprint not in (None, self.fingerprint):
+            raise InputError(
+                f"features: expected those of {self.name!r} with fingerprint {self.fingerprint}, got those of another "
+                f"backbone with {features.fingerprint}"
+            )
+        pooled, patches = features.pooled.shape, features.patches.shape
+        fits = len(pooled) == 2 and len(patches) == 3 and pooled[0] == patches[0]
+        if not fits or (pooled[1], patches[2]) != (self.embed_dim, self.patch_width):
+            raise InputError(
+                f"features: expected pooled (B, {self.embed_dim}) and patches (B, P, {self.patch_width}) of "
+                f"{self.name!r}, got {tuple(pooled)} and {tuple(patches)}"
+            )
+        features = features.to(self.device)
+        if torch.is_grad_enabled() and (features.pooled.is_inference() or features.patches.is_inference()):
+            features = replace(features, pooled=features.pooled.clone(), patches=features.patches.clone())
+        return features
 
     def project_patches(self, patches: Tensor, learned: Tensor | None = None) -> Tensor:
         """Patch features (..., W) in the joint space (..., D), not normalised.
@@ -165,6 +214,8 @@ class Backbone(nn.Module):
             if after.shape[-2] and not class_tokens.name_lengths:
                 raise InputError("class_tokens: expected name_lengths, which say where the context goes, got none")
             after = after.to(self.device)
+        if not len(context):  # of no image, where contexts are made of images
+            return context.flatten(1).sum(dim=1)[:, None, None].expand(-1, len(class_tokens), self.embed_dim)
         with torch.autocast(self.device.type, enabled=False):  # the weights' precision is the tower's
             features = self._text.encode(
                 context.to(self.device), class_tokens, self.memory_budget, after, self.cuda_graphs

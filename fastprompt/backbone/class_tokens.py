@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fastprompt.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: caches are keyed by it
@@ -46,6 +49,29 @@ class ClassTokens:
             start += size
         return pieces
 
+    def check_distinct(self) -> None:
+        """Refuse classes that are written differently and read alike.
+
+        The same name twice is what the caller says: ImageNet's published list has "missile" and "sunglasses" twice.
+        A warning tells that such classes have the same text.
+
+        Raises:
+            InputError: the tokenizer reads two names alike ("cat" and "Cat").
+        """
+        first: dict[tuple[int, ...], int] = {}
+        repeated = []
+        for index, tokens in enumerate(self.ids.split(self.lengths)):
+            other = first.setdefault(tuple(tokens.tolist()), index)
+            names = self.class_names[other], self.class_names[index]
+            if names[0] != names[1]:
+                raise InputError(
+                    f"class_names: expected names that the tokenizer tells apart, got {names[0]!r} and {names[1]!r}"
+                )
+            if other != index:
+                repeated.append(f"{other} and {index} are both {names[0]!r}")
+        if repeated:
+            logger.warning("classes %s: a context that they share cannot tell them apart", ", ".join(repeated[:3]))
+
     def check_fits(self, tokens_before: int, context_length: int) -> None:
         """Raise ``InputError`` that names the longest class if it does not fit behind that many tokens."""
         longest = max(range(len(self)), key=self.lengths.__getitem__)
@@ -55,6 +81,23 @@ class ClassTokens:
                 f"class name {self.class_names[longest]!r} is too long: its {self.lengths[longest]} tokens behind "
                 f"{tokens_before} tokens of start and context make {needed}, and the text tower reads {context_length}"
             )
+
+
+def check_class_names(class_names: Sequence[str]) -> tuple[str, ...]:
+    """The names as a tuple.
+
+    Raises:
+        InputError: one string instead of several, something else than strings, or no name at all.
+    """
+    if isinstance(class_names, str):
+        raise InputError(f"class_names: expected a list of names, got one string: pass [{class_names!r}]")
+    if not isinstance(class_names, Sequence):
+        raise InputError(f"class_names: expected a list of names, got {type(class_names).__name__}")
+    if foreign := [name for name in class_names if not isinstance(name, str)]:
+        raise InputError(f"class_names: expected strings, got {foreign[0]!r} ({type(foreign[0]).__name__}) among them")
+    if not class_names:
+        raise InputError("class_names is empty: at least one class is needed")
+    return tuple(class_names)
 
 
 def tokenize_class_names(
@@ -69,10 +112,9 @@ def tokenize_class_names(
         end_of_text: id of the end-of-text token.
 
     Raises:
-        InputError: no class names, or one without any token.
+        InputError: not a list of class names, or one without any token.
     """
-    if not class_names:
-        raise InputError("class_names is empty: at least one class is needed")
+    class_names = check_class_names(class_names)
     tokens, name_lengths = [], []
     for name in class_names:
         encoded = encode(f"{name}{suffix}")
@@ -81,7 +123,7 @@ def tokenize_class_names(
         tokens.append([*encoded, end_of_text])
         name_lengths.append(len(encode(name)))
     flat = torch.tensor([token for name in tokens for token in name], dtype=torch.long)
-    return ClassTokens(tuple(class_names), flat, tuple(len(name) for name in tokens), tuple(name_lengths))
+    return ClassTokens(class_names, flat, tuple(len(name) for name in tokens), tuple(name_lengths))
 
 
 @lru_cache(maxsize=32)

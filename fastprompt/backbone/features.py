@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,20 +15,22 @@ class ImageFeatures:
     Attributes:
         pooled: (B, D) image features in the joint space, L2-normalised.
         patches: (B, P, W) patch features before the joint projection; ``Backbone.project_patches`` takes them to D.
+        fingerprint: of the backbone that made them, where that is known; ``Backbone.accept`` refuses those of another.
     """
 
     pooled: Tensor
     patches: Tensor
+    fingerprint: str | None = None
 
     def __len__(self) -> int:
         return self.pooled.shape[0]
 
     def __getitem__(self, index: slice | Tensor) -> ImageFeatures:
-        return ImageFeatures(self.pooled[index], self.patches[index])
+        return replace(self, pooled=self.pooled[index], patches=self.patches[index])
 
     def to(self, device: torch.device | str) -> ImageFeatures:
         """The same features on another device; see ``queue_copy``."""
-        return ImageFeatures(queue_copy(self.pooled, device), queue_copy(self.patches, device))
+        return replace(self, pooled=queue_copy(self.pooled, device), patches=queue_copy(self.patches, device))
 
 
 def queue_copy(tensor: Tensor, device: torch.device | str) -> Tensor:

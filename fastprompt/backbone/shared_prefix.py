@@ -42,7 +42,8 @@ class NameConstants:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors of width W."""
-        return sum(tensor.nbytes for tensor in (self.states, self.positions, self.qkv) if tensor is not None)
+        wide = (tensor for tensor in (self.states, self.positions, self.qkv) if tensor is not None)
+        return sum(tensor.numel() * tensor.element_size() for tensor in wide)  # nbytes knows no symbolic sizes
 
 
 class ConstantCache:
@@ -51,6 +52,7 @@ class ConstantCache:
     def __init__(self) -> None:
         self._kept: dict[tuple, NameConstants] = {}
 
+    @torch.compiler.disable  # a look-up on the host: compiled code would be made anew for every list of names
     def get(
         self, tower: TextTower, class_tokens: ClassTokens, context: Tensor, after: Tensor, keep: bool
     ) -> NameConstants:

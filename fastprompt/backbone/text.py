@@ -70,6 +70,7 @@ class TextTower:
         hidden, element_size = self.blocks[0].mlp.c_fc.out_features, self.token_embedding.weight.element_size()
         return TowerSize(self.width, hidden, len(self.blocks), element_size)
 
+    @torch.compiler.disable  # integers alone: compiled code would be made anew for every list of names
     def plan(self, groups: int, own: int, shared: int, class_tokens: ClassTokens, budget: MemoryBudget) -> EncodingPlan:
         """How so many contexts of all classes are cut to fit a budget.
 

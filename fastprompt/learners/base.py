@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 import torch.nn.functional as F
 from fastprompt_kernels import patch_statistics
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastprompt.backbone import Backbone, ClassTokens, ImageFeatures
 from fastprompt.backbone.backbone import at_least_float32
 from fastprompt.errors import InputError
+from fastprompt.learners.holder import BackboneHolder, check_backbone
+from fastprompt.learners.memo import Memo
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.stored import HubLearner
 from fastprompt.learners.templates import encode_templates
@@ -43,7 +45,7 @@ class Scores:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Learner(HubLearner, nn.Module, ABC):
+class Learner(HubLearner, BackboneHolder, ABC):
     """A classifier on a frozen backbone. A subclass gives its learned tensors, ``encode_text`` and ``forward``.
 
     ``state_dict()`` holds the learned tensors and nothing else: the backbone is not a submodule. A subclass that names
@@ -64,7 +66,6 @@ class Learner(HubLearner, nn.Module, ABC):
     learns: ClassVar[bool] = True
     recipes: ClassVar[Mapping[str, Recipe]]
     class_specific: bool = False
-    backbone: Backbone
     class_names: tuple[str, ...]
     class_tokens: ClassTokens
 
@@ -84,17 +85,17 @@ class Learner(HubLearner, nn.Module, ABC):
         self, backbone: Backbone, class_names: Sequence[str], *, context_tokens: int, suffix: str, options: dict
     ) -> None:
         super().__init__()
-        object.__setattr__(self, "backbone", backbone)  # past nn.Module, which would register it as a submodule
+        self.backbone = backbone
         self.options = options
         self._context_tokens, self._suffix = context_tokens, suffix
         self._set_classes(class_names)
 
     def _set_classes(self, class_names: Sequence[str]) -> None:
         self.class_tokens = self.backbone.tokenize(class_names, self._suffix)
+        self.class_tokens.check_distinct()
         self.backbone.check_fits(self._context_tokens, self.class_tokens)
         self.class_names = self.class_tokens.class_names
-        self._text_memo: tuple[tuple, Tensor] | None = None
-        self._frozen_memo: tuple[tuple, Tensor] | None = None
+        self._text_memo, self._frozen_memo = Memo(), Memo()
 
     @abstractmethod
     def encode_text(self) -> Tensor:
@@ -128,12 +129,7 @@ class Learner(HubLearner, nn.Module, ABC):
         """``encode_text``, done once for as long as no gradient is asked for and no learned tensor changes."""
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
             return self.encode_text()
-        learned = ((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
-        key = (self.backbone.device, self.backbone.dtype, *learned)
-        if self._text_memo is None or self._text_memo[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                self._text_memo = key, self.encode_text()
-        return self._text_memo[1]
+        return self._text_memo.get(self.encode_text, (self.backbone.device, self.backbone.dtype), self.parameters())
 
     def local_features(self, features: ImageFeatures) -> Tensor:
         """Patch features (B, P, D) in the joint space, L2-normalised."""
@@ -145,10 +141,7 @@ class Learner(HubLearner, nn.Module, ABC):
 
     def _frozen_text(self, sentences: object, encode: Callable[[], Tensor]) -> Tensor:
         """What ``encode`` says of these classes, kept until another source of sentences is asked for."""
-        key = (self.backbone.device, self.backbone.dtype, sentences)
-        if self._frozen_memo is None or self._frozen_memo[0] != key:
-            self._frozen_memo = key, encode()
-        return self._frozen_memo[1]
+        return self._frozen_memo.get(encode, (self.backbone.device, self.backbone.dtype, sentences))
 
     def mean_text(self, features: ImageFeatures) -> tuple[Tensor, Tensor]:
         """Text features averaged over prompts, for the pooled feature and for the patches.
@@ -177,7 +170,7 @@ class Learner(HubLearner, nn.Module, ABC):
         """
         if kind not in OOD_KINDS:
             raise InputError(f"kind: expected one of {', '.join(OOD_KINDS)}, got {kind!r}")
-        features = features.to(self.backbone.device)
+        features = self.backbone.accept(features)
         of_pooled, of_patches = self.mean_text(features)
         score = torch.zeros(len(features), device=self.backbone.device)
         if kind != "l-mcm":
@@ -198,7 +191,7 @@ class Learner(HubLearner, nn.Module, ABC):
             features: of B images.
             class_index: (B,).
         """
-        features = features.to(self.backbone.device)
+        features = self.backbone.accept(features)
         text = self.mean_text(features)[1].expand(len(features), -1, -1)  # (B, C, D)
         of_class = text[torch.arange(len(text)), class_index.to(text.device)]  # (B, D)
         cosines = (self.local_features(features) @ of_class[:, :, None]).squeeze(-1)
@@ -223,7 +216,8 @@ class Learner(HubLearner, nn.Module, ABC):
 def _largest_patch_probability(patches: Tensor, text: Tensor) -> Tensor:
     """Largest softmax probability (B,) over patches (B, P, D) and classes, text (C, D) or (B, C, D)."""
     if text.dim() == 3:
-        return torch.cat([_largest_patch_probability(*image) for image in zip(patches.split(1), text, strict=True)])
+        each = [_largest_patch_probability(image[None], own) for image, own in zip(patches, text, strict=True)]
+        return torch.cat([patches.new_empty(0), *each])
     statistics = patch_statistics(patches, text, entropy=False)
     return (statistics.maximum - statistics.logsumexp).amax(dim=1).exp()
 
@@ -247,6 +241,7 @@ def initial_context(backbone: Backbone, context: int | str) -> Tensor:
         backbone: gives the token embeddings.
         context: words whose embeddings are the start, or a number of tokens to draw from N(0, 0.02^2), as in CoOp.
     """
+    check_backbone(backbone)
     if isinstance(context, int):
         if not 1 <= context <= backbone.context_length:
             raise InputError(f"context: expected 1 to {backbone.context_length} tokens, got {context}")

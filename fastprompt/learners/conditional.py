@@ -55,6 +55,6 @@ class ImageConditional(Learner):
 
     def forward(self, features: ImageFeatures) -> Scores:
         """Scores of B images: scaled cosines of the pooled feature with the image's own text features."""
-        features = features.to(self.backbone.device)
+        features = self.backbone.accept(features)
         text = self.encode_text(features)
         return Scores(self.backbone.logit_scale * torch.einsum("bd,bcd->bc", features.pooled, text))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt.backbone import Backbone, ImageFeatures
+from fastprompt.backbone.class_tokens import check_class_names
 from fastprompt.errors import InputError
 from fastprompt.learners.base import Learner, Scores, initial_context
 from fastprompt.learners.recipe import Recipe
@@ -52,8 +53,8 @@ class CoOp(Learner):
     ) -> None:
         if position not in POSITIONS:
             raise InputError(f"position: expected one of {', '.join(POSITIONS)}, got {position!r}")
-        contexts = len(class_names) if class_specific else 1
-        starts = torch.stack([initial_context(backbone, context) for _ in range(max(contexts, 1))])
+        contexts = len(check_class_names(class_names)) if class_specific else 1
+        starts = torch.stack([initial_context(backbone, context) for _ in range(contexts)])
         options = {"context": context, "position": position, "class_specific": class_specific}
         super().__init__(backbone, class_names, context_tokens=starts.shape[1], suffix=".", options=options)
         self.position, self.class_specific = position, class_specific
@@ -69,5 +70,5 @@ class CoOp(Learner):
     def forward(self, features: ImageFeatures) -> Scores:
         """Scores of B images: scaled cosines of the pooled feature; part "text" (C, D)."""
         text = self.text_features()[0]
-        features = features.to(self.backbone.device)
+        features = self.backbone.accept(features)
         return Scores(self.backbone.logit_scale * features.pooled @ text.T, {"text": text})

@@ -95,7 +95,7 @@ class DualView(CoOp):
 
     def forward(self, features: ImageFeatures) -> Scores:
         """Scores of B images: scaled cosines with both views; parts "text" (C, D) and "pooled" (B, D)."""
-        text, pooled = self.text_features()[0], features.pooled.to(self.backbone.device)
+        text, pooled = self.text_features()[0], self.backbone.accept(features).pooled
         return Scores(self.backbone.logit_scale * pooled @ self.both_views(text).T, {"text": text, "pooled": pooled})
 
     def draw_mix(self, images: int) -> Tensor:

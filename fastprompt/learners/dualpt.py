@@ -96,7 +96,7 @@ class DuAlPT(Learner):
 
     def forward(self, features: ImageFeatures) -> Scores:
         """Scores of B images; part "text" (C, D) is the mean prompt of every class."""
-        features, text = features.to(self.backbone.device), self.text_features()
+        features, text = self.backbone.accept(features), self.text_features()
         mean = F.normalize(text.mean(dim=0), dim=-1)
         transported = transport_similarity(self.local_features(features), text, self.transport)
         return Scores(self.backbone.logit_scale * (features.pooled @ mean.T + transported) / 2, {"text": mean})

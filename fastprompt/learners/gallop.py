@@ -84,7 +84,7 @@ class GalLoP(Learner):
 
     def forward(self, features: ImageFeatures) -> Scores:
         """Scores of B images; parts "global" (B, m, C) and "local" (B, n, C) are raw cosines."""
-        features = features.to(self.backbone.device)
+        features = self.backbone.accept(features)
         of_global, of_local = self._split_text()
         global_cosines = torch.einsum("bd,mcd->bmc", features.pooled, of_global)
         local_cosines = self._score_patches(self.local_features(features), of_local)
@@ -131,6 +131,7 @@ class GalLoP(Learner):
             features: of B images.
             class_index: (B,).
         """
+        features = self.backbone.accept(features)
         local, text = self._in_tower_precision(self.local_features(features), self._split_text()[1])
         per_image = [
             selected_patches(image[None], text[:, index : index + 1], self.k)[0, :, 0]

@@ -81,7 +81,7 @@ class PLOT(Learner):
 
     def forward(self, features: ImageFeatures) -> Scores:
         """Scores of B images: scaled transport similarities."""
-        features, text = features.to(self.backbone.device), self.text_features()
+        features, text = self.backbone.accept(features), self.text_features()
         cosines = transport_similarity(self.local_features(features), text[:-1], self.transport)
         if self.pooled:
             cosines = cosines + features.pooled @ text[-1].T

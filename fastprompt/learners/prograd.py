@@ -8,11 +8,13 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fastprompt.backbone import Backbone, ImageFeatures
 from fastprompt.errors import InputError
 from fastprompt.learners.base import Scores, check_weight
 from fastprompt.learners.coop import EPOCHS, CoOp
+from fastprompt.learners.holder import check_backbone
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.templates import DEFAULT_TEMPLATE, TEMPLATES, split_template
 
@@ -42,8 +44,10 @@ class ProGrad(CoOp):
     """ProGrad: CoOp without the part of each gradient that contradicts zero-shot CLIP (arXiv 2205.14865).
 
     With g the gradient of the cross-entropy and k that of the divergence from zero-shot CLIP's probabilities, a step
-    follows g where <g, k> >= 0, and g - weight * <g, k> k / |k|^2 elsewhere. It needs two backward passes. This follows
-    the published code, except that the last word of a context with a comma, which is not trained there, is trained.
+    follows g where <g, k> >= 0, and g - weight * <g, k> k / |k|^2 elsewhere. It needs two backward passes, which
+    ``loss(scores, labels).backward()`` makes; gradients of several batches add up, each projected on its own. This
+    follows the published code, except that the last word of a context with a comma, which is not trained there, is
+    trained.
 
     Args:
         backbone: the frozen model.
@@ -70,6 +74,7 @@ class ProGrad(CoOp):
         template: str = DEFAULT_TEMPLATE,
         weight: float = 1.0,
     ) -> None:
+        check_backbone(backbone)
         check_weight("weight", weight)
         if not 0 <= zeros <= backbone.context_length:
             raise InputError(f"zeros: expected 0 to {backbone.context_length} tokens, got {zeros}")
@@ -77,24 +82,39 @@ class ProGrad(CoOp):
         self.options = {"context": context, "zeros": zeros, "template": template, "weight": weight}
         self.context = nn.Parameter(F.pad(self.context.detach(), (0, 0, zeros, 0)))  # (zeros + M, W)
         self._context_tokens += zeros
-        self._set_classes(class_names)  # which have to fit behind the longer context
+        backbone.check_fits(self._context_tokens, self.class_tokens)  # behind the longer context
         self.template, self.weight = template, weight
         self.hand_crafted(template)  # a bad template is refused here, not in the first step
 
     def forward(self, features: ImageFeatures) -> Scores:
-        """Scores of B images: CoOp's, with part "teacher" (B, C), the logits of zero-shot CLIP."""
-        pooled = features.pooled.to(self.backbone.device)
+        """Scores of B images: CoOp's, with parts "teacher" (B, C), zero-shot CLIP's logits, and "context" (M, W)."""
+        pooled = self.backbone.accept(features).pooled
         teacher = self.backbone.logit_scale * pooled @ self.hand_crafted(self.template).T
-        return Scores(super().forward(features).logits, {"teacher": teacher})
+        return Scores(super().forward(features).logits, {"teacher": teacher, "context": self.context})
 
-    def backward(self, scores: Scores, labels: Tensor) -> Tensor:
-        """Leave the projected gradient on the context; returns the cross-entropy."""
+    def loss(self, scores: Scores, labels: Tensor) -> Tensor:
+        """Cross-entropy, a scalar, whose backward pass, which can be made once, leaves the projected gradient."""
         probabilities = scores.parts["teacher"].softmax(dim=-1)
         divergence = -(probabilities * scores.logits.log_softmax(dim=-1)).sum(dim=-1).mean()  # up to a constant
-        (known,) = torch.autograd.grad(divergence, self.context, retain_graph=True)
-        loss = super().backward(scores, labels)
-        wanted = self.context.grad
+        terms = super().loss(scores, labels), divergence
+        return _ProjectedGradient.apply(scores.parts["context"], terms, self.weight)
+
+
+class _ProjectedGradient(torch.autograd.Function):
+    """The first of two terms, with the part of its gradient taken away that contradicts that of the second."""
+
+    @staticmethod
+    def forward(ctx, context: Tensor, terms: tuple[Tensor, Tensor], weight: float) -> Tensor:  # noqa: ANN001
+        ctx.context, ctx.terms, ctx.weight = context, terms, weight
+        return terms[0].detach().clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN001
+        loss, divergence = ctx.terms
+        with torch.enable_grad():
+            (known,) = torch.autograd.grad(divergence, ctx.context, retain_graph=True)
+            (wanted,) = torch.autograd.grad(loss, ctx.context)
         direction = known / known.norm().clamp(min=torch.finfo(known.dtype).tiny)
         along = (wanted * direction).sum().clamp(max=0)
-        self.context.grad = wanted - self.weight * along * direction
-        return loss
+        return grad * (wanted - ctx.weight * along * direction), None, None

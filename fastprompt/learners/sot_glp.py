@@ -111,6 +111,7 @@ class SOTGLP(GalLoP):
             features: of B images.
             class_index: (B,).
         """
+        features = self.backbone.accept(features)
         mean = self._split_text()[1].mean(dim=0, keepdim=True)
         per_image = [
             selected_patches(image[None], mean[:, index : index + 1], self.transport.keep)[0, :, 0]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastprompt.backbone import Backbone, ImageFeatures
 from fastprompt.learners.base import Learner, Scores
+from fastprompt.learners.holder import check_backbone
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.templates import DEFAULT_TEMPLATE, TEMPLATES, split_template
 
@@ -32,6 +33,7 @@ class ZeroShot(Learner):
     }
 
     def __init__(self, backbone: Backbone, class_names: Sequence[str], *, template: str = DEFAULT_TEMPLATE) -> None:
+        check_backbone(backbone)
         before, after = split_template(template)
         words = backbone.embed_words(before)[None]  # (1, M, W)
         super().__init__(
@@ -45,5 +47,5 @@ class ZeroShot(Learner):
 
     def forward(self, features: ImageFeatures) -> Scores:
         """Scores of B images: scaled cosines of the pooled feature."""
-        features = features.to(self.backbone.device)
+        features = self.backbone.accept(features)
         return Scores(self.backbone.logit_scale * features.pooled @ self.text_features()[0].T)

@@ -57,6 +57,37 @@ def test_equals_its_equations_in_float32(agree, images):
         assert F.cosine_similarity(whole.context.grad.flatten(), known.flatten(), dim=0).abs() < 1e-5
 
 
+def test_gradients_of_several_batches_add_up_each_projected_on_its_own(vit_backbone, images):
+    """Projecting the sum differs: the case is one in which some batch contradicts the teacher."""
+    learner = support.moved(ProGrad(vit_backbone, NAMES))
+    batches = [(vit_backbone.encode_images(images), torch.tensor(labels)) for labels in ([1, 0, 3], [4, 2, 1])]
+    single = []
+    for features, labels in batches:
+        learner.context.grad = None
+        learner.backward(learner(features), labels)
+        single.append(learner.context.grad)
+    learner.context.grad = None
+    for features, labels in batches:
+        learner.backward(learner(features), labels)
+    torch.testing.assert_close(learner.context.grad, single[0] + single[1], rtol=1e-12, atol=0)
+    plain = CoOp(vit_backbone, NAMES)
+    plain.context = torch.nn.Parameter(learner.context.detach().clone())
+    for features, labels in batches:
+        plain.backward(plain(features), labels)
+    assert not torch.allclose(learner.context.grad, plain.context.grad, rtol=1e-2)
+
+
+def test_a_plain_backward_pass_of_the_loss_is_projected_too(vit_backbone, images):
+    features, labels = vit_backbone.encode_images(images), torch.tensor([1, 0, 3])
+    learner = support.moved(ProGrad(vit_backbone, NAMES))
+    returned = learner.backward(learner(features), labels)
+    projected, learner.context.grad = learner.context.grad, None
+    loss = learner.loss(learner(features), labels)
+    (2 * loss).backward()  # scaled, as for half precision
+    torch.testing.assert_close(learner.context.grad, 2 * projected, rtol=1e-12, atol=0)
+    assert torch.equal(loss, returned)
+
+
 def test_with_weight_0_it_is_coop(vit_backbone, images):
     features = vit_backbone.encode_images(images)
     support.assert_same_training(ProGrad(vit_backbone, NAMES, weight=0.0), CoOp(vit_backbone, NAMES), features)
