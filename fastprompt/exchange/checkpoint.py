@@ -40,6 +40,7 @@ AXES = {
     "local_prompts": (3,),
     "local_proj.linear.weight": (2,),
     "token_prefix": (3,),
+    "token_suffix": (3,),
 }
 
 
@@ -91,6 +92,7 @@ class Checkpoint:
         method: name of our learner.
         learned: its tensors in float32, under our names.
         start_of_text: (W,) embedding of the start-of-text token of its backbone; None in GalLoP's.
+        suffix: (R, L, W) what follows the context in each of R prompts: embedded names; None in GalLoP's.
         arguments: of GalLoP's training script; empty for the others.
     """
 
@@ -98,11 +100,12 @@ class Checkpoint:
     method: str
     learned: Mapping[str, Tensor]
     start_of_text: Tensor | None
+    suffix: Tensor | None
     arguments: Mapping[str, Any]
 
 
 def read_checkpoint(file: Path) -> Checkpoint:
-    """Read a ``model.pth.tar-N`` of CoOp, CoCoOp or KgCoOp, or a ``.ckpt`` of GalLoP.
+    """Read a ``model.pth.tar-N`` of CoOp, CoCoOp, KgCoOp, ProGrad or PLOT, or a ``.ckpt`` of GalLoP.
 
     Raises:
         InputError: no such file, one that needs code to be executed, or one without the tensors of these methods.
@@ -118,7 +121,8 @@ def read_checkpoint(file: Path) -> Checkpoint:
         raise InputError(f"{file} is a checkpoint of {method} without the tensor {', '.join(sorted(missing))}")
     learned = {ours: _tensor(file, state, theirs).float() for theirs, ours in NAMES[method].items()}
     start = _tensor(file, state, "token_prefix")[0, 0].float() if "token_prefix" in state else None
-    return Checkpoint(file, method, learned, start, _arguments(file, content.get("args")))
+    suffix = _tensor(file, state, "token_suffix").float() if "token_suffix" in state and method != "gallop" else None
+    return Checkpoint(file, method, learned, start, suffix, _arguments(file, content.get("args")))
 
 
 def _read(file: Path) -> Any:

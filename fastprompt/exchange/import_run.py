@@ -10,15 +10,13 @@ from fastprompt.data import hash_files, load_dataset, readable_name, select_clas
 from fastprompt.documents import read_text, short
 from fastprompt.errors import InputError
 from fastprompt.exchange.checkpoint import Checkpoint, read_checkpoint
+from fastprompt.exchange.class_rows import SAME_EMBEDDING, read_class_rows
 from fastprompt.exchange.config import ImportConfig
 from fastprompt.exchange.words import token_embeddings
 from fastprompt.learners import Learner, make_learner
 from fastprompt.learners.stored import restore_learned
 from fastprompt.learners.templates import DEFAULT_TEMPLATE
 from fastprompt.training import RunFolder
-
-# CoOp's family stores half precision. Start-of-text embeddings of different CLIPs differ in the first digit.
-SAME_EMBEDDING = 1e-2
 
 
 def import_run(config: ImportConfig, *, backbone: Backbone | None = None) -> RunFolder:
@@ -31,7 +29,7 @@ def import_run(config: ImportConfig, *, backbone: Backbone | None = None) -> Run
         backbone: the one that ``config`` names, if it is loaded already.
 
     Raises:
-        InputError: an unreadable checkpoint, one of another backbone or of another number of classes, or a folder
+        InputError: an unreadable checkpoint, one of another backbone or other classes, as far as it tells, or a folder
             that is in use.
     """
     checkpoint = read_checkpoint(config.file)
@@ -42,6 +40,7 @@ def import_run(config: ImportConfig, *, backbone: Backbone | None = None) -> Run
         place = {"device": config.device, "precision": config.precision, "cache_dir": config.weights_dir}
         backbone = load_backbone(name, weights, **place)
     _check_backbone(checkpoint, backbone)
+    checkpoint = read_class_rows(checkpoint, backbone, class_names)
     learner = _learner(checkpoint, backbone, class_names, config)
     described = {
         "method": learner.method,
@@ -116,6 +115,9 @@ def _learner(checkpoint: Checkpoint, backbone: Backbone, class_names: tuple[str,
 def _options(checkpoint: Checkpoint, config: ImportConfig) -> dict[str, Any]:
     """What our learner is made from, as far as tensors and arguments of the training tell."""
     learned = checkpoint.learned
+    if checkpoint.method == "plot":
+        prompts, tokens, _ = learned["contexts"].shape
+        return {"prompts": prompts, "context": tokens}
     if checkpoint.method != "gallop":
         own = {"class_specific": learned["context"].dim() == 3, "position": config.position}
         return {"context": learned["context"].shape[-2]} | (own if checkpoint.method == "coop" else {})

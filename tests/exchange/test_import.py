@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from open_clip import SimpleTokenizer
 from torch.optim import Adam, AdamW
 from torch.optim.lr_scheduler import MultiStepLR, StepLR
 
@@ -40,8 +41,16 @@ def start(backbone):
     return backbone.model.token_embedding.weight[49406].detach().half()
 
 
-def buffers(start):
-    return {"token_prefix": start.expand(4, 1, -1).clone(), "token_suffix": torch.zeros(4, 70, 48).half()}
+@pytest.fixture
+def buffers(backbone):
+    """Those of a prompt learner of CoOp: embedded prompts without the context, which is "X" so many times."""
+
+    def made(names=NAMES, context="X X X X", learned=4, repeat=1):
+        prompts = [f"{context} {name.replace('_', ' ')}." for name in names] * repeat
+        embedded = backbone.model.token_embedding(SimpleTokenizer()(prompts, context_length=77)).detach().half()
+        return {"token_prefix": embedded[:, :1], "token_suffix": embedded[:, 1 + learned :]}
+
+    return made
 
 
 def bring_in(file, model_folder, *more):
@@ -53,12 +62,10 @@ def images():
 
 
 @pytest.mark.parametrize("method", ["coop", "kgcoop"])
-def test_coop_and_kgcoop(method, backbone, model_folder, names, start, random, common, tmp_path):
+def test_coop_and_kgcoop(method, backbone, model_folder, names, buffers, random, common, tmp_path):
     context = 0.3 * torch.randn(4, 48, generator=random)
     unused = {"bias_vectors": torch.zeros(1, 48), "meta_net.linear1.weight": torch.zeros(48, 48)}
-    save_dassl(
-        tmp_path / "model.pth.tar-10", {"ctx": context, **(unused if method == "kgcoop" else {})}, buffers(start)
-    )
+    save_dassl(tmp_path / "model.pth.tar-10", {"ctx": context, **(unused if method == "kgcoop" else {})}, buffers())
     assert bring_in(tmp_path / "model.pth.tar-10", model_folder, "--class-names", names) == 0
     learner, features = load_run("run", backbone=backbone), backbone.encode_images(images())
     assert (learner.method, learner.class_names) == (method, ("dark blue", "green", "red", "yellow"))
@@ -67,34 +74,34 @@ def test_coop_and_kgcoop(method, backbone, model_folder, names, start, random, c
 
 
 @pytest.mark.parametrize("position", ["middle", "front"])
-def test_where_the_name_of_coop_stood_is_asked(position, model_folder, names, start, common, tmp_path):
-    save_dassl(tmp_path / "c", {"ctx": torch.ones(4, 48)}, buffers(start))
+def test_where_the_name_of_coop_stood_is_asked(position, model_folder, names, buffers, common, tmp_path):
+    save_dassl(tmp_path / "c", {"ctx": torch.ones(4, 48)}, buffers())
     assert bring_in(tmp_path / "c", model_folder, "--class-names", names, "--position", position) == 0
     assert load_run("run", device="cpu").position == position
 
 
 @pytest.mark.parametrize("optimizer", [SGD, partial(Adam, eps=1e-3), partial(AdamW, eps=1e-3)])  # in half precision
 @pytest.mark.parametrize("following", [partial(StepLR, step_size=3), partial(MultiStepLR, milestones=[3])])
-def test_optimizers_and_schedulers_that_dassl_knows(optimizer, following, start, random, tmp_path):
+def test_optimizers_and_schedulers_that_dassl_knows(optimizer, following, buffers, random, tmp_path):
     context = torch.randn(4, 48, generator=random)
-    save_dassl(tmp_path / "c", {"ctx": context}, buffers(start), optimizer, following)
+    save_dassl(tmp_path / "c", {"ctx": context}, buffers(), optimizer, following)
     assert torch.equal(read_checkpoint(tmp_path / "c").learned["context"], context.half().float())
 
 
-def test_class_specific_coop_counts_its_classes(model_folder, names, start, random, common, tmp_path, capsys):
-    save_dassl(tmp_path / "c", {"ctx": torch.randn(4, 2, 48, generator=random)}, buffers(start))
+def test_class_specific_coop_counts_its_classes(model_folder, names, buffers, random, common, tmp_path, capsys):
+    save_dassl(tmp_path / "c", {"ctx": torch.randn(4, 2, 48, generator=random)}, buffers())
     assert bring_in(tmp_path / "c", model_folder, "--class-names", names) == 0
     assert load_run("run", device="cpu").class_specific
     names.write_text("one\ntwo\n")
     assert bring_in(tmp_path / "c", model_folder, "--class-names", names) == 2
-    assert "has contexts of 4 classes, but 2 are named" in capsys.readouterr().err
+    assert "knows 4 classes, but 2 are named" in capsys.readouterr().err
 
 
-def test_cocoop(backbone, model_folder, names, start, random, common, tmp_path):
+def test_cocoop(backbone, model_folder, names, buffers, random, common, tmp_path):
     shapes = {"linear1.weight": (2, 32), "linear1.bias": (2,), "linear2.weight": (48, 2), "linear2.bias": (48,)}
     tensors = {f"meta_net.{name}": 0.3 * torch.randn(shape, generator=random) for name, shape in shapes.items()}
     tensors["ctx"] = 0.3 * torch.randn(4, 48, generator=random)
-    save_dassl(tmp_path / "model.pth.tar-10", tensors, buffers(start))
+    save_dassl(tmp_path / "model.pth.tar-10", tensors, buffers())
     assert bring_in(tmp_path / "model.pth.tar-10", model_folder, "--class-names", names) == 0
     learner, features = load_run("run", backbone=backbone), backbone.encode_images(images())
     w1, b1, w2, b2 = (tensors[f"meta_net.{name}"].half().float() for name in shapes)
@@ -193,7 +200,7 @@ def test_tensors_that_are_no_plain_numbers_are_refused(context, words, vit_backb
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_checkpoints_get_one_sentence(gallop, start, model_folder, names, common, tmp_path, capsys):
+def test_bad_checkpoints_get_one_sentence(gallop, start, buffers, model_folder, names, common, tmp_path, capsys):
     file = tmp_path / "file"
 
     def complaint(*more):
@@ -229,9 +236,9 @@ def test_bad_checkpoints_get_one_sentence(gallop, start, model_folder, names, co
     assert "was trained on another backbone" in complaint()
     save_gallop(file, {**gallop, "global_prompt": torch.zeros(3, 4, 49)})
     assert "its contexts are 49 wide, and the text tower 48" in complaint()
-    save_dassl(file, {"ctx": torch.zeros(4, 48)}, buffers(start + 0.5))
+    save_dassl(file, {"ctx": torch.zeros(4, 48)}, {**buffers(), "token_prefix": (start + 0.5).expand(4, 1, -1).clone()})
     assert "its embedding of the start of text is a different one" in complaint()
-    save_dassl(file, {"ctx": torch.zeros(4, 48)}, buffers(start))
+    save_dassl(file, {"ctx": torch.zeros(4, 48)}, buffers())
     assert "expected either --data or --class-names" in complaint("--precision", "fp32")
 
 

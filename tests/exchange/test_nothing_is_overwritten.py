@@ -7,7 +7,7 @@ from fastprompt import files
 from fastprompt.cli import main
 from fastprompt.files import locked
 from tests.exchange.conftest import save_dassl
-from tests.exchange.test_import import backbone, bring_in, buffers, names, start  # noqa: F401
+from tests.exchange.test_import import backbone, bring_in, names, start  # noqa: F401
 
 
 def everything(folder):
@@ -17,7 +17,7 @@ def everything(folder):
 @pytest.fixture
 def run(start, model_folder, names, common, tmp_path):  # noqa: F811
     """An imported run."""
-    save_dassl(tmp_path / "c", {"ctx": torch.ones(4, 48)}, buffers(start))
+    save_dassl(tmp_path / "c", {"ctx": torch.ones(4, 48)}, {"token_prefix": start.expand(4, 1, -1).clone()})
     assert bring_in(tmp_path / "c", model_folder, "--class-names", names) == 0
     return tmp_path / "run"
 
@@ -41,7 +41,7 @@ def test_another_import_into_the_folder_is_refused(change, words, run, start, mo
     if change == "names":
         names.write_text(names.read_text().replace("red", "fox"))
     if change == "checkpoint":
-        save_dassl(tmp_path / "c", {"ctx": 2 * torch.ones(4, 48)}, buffers(start))
+        save_dassl(tmp_path / "c", {"ctx": 2 * torch.ones(4, 48)}, {"token_prefix": start.expand(4, 1, -1).clone()})
     more = ["--position", "front"] if change == "position" else []
     assert bring_in(tmp_path / "c", model_folder, "--class-names", names, *more) == 2
     assert words in capsys.readouterr().err
@@ -51,7 +51,7 @@ def test_another_import_into_the_folder_is_refused(change, words, run, start, mo
 def test_an_import_into_a_trained_run_is_refused(photos, start, model_folder, names, common, tmp_path, capsys):  # noqa: F811
     assert main(["train", "coop", str(photos), *common, "--out", "run"]) == 0
     before = everything(tmp_path / "run")
-    save_dassl(tmp_path / "c", {"ctx": torch.ones(4, 48)}, buffers(start))
+    save_dassl(tmp_path / "c", {"ctx": torch.ones(4, 48)}, {"token_prefix": start.expand(4, 1, -1).clone()})
     assert bring_in(tmp_path / "c", model_folder, "--class-names", names) == 2
     assert "run holds a run with " in capsys.readouterr().err
     assert everything(tmp_path / "run") == before
