@@ -12,8 +12,6 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import typeguard
-
 from fastprompt.errors import InputError
 
 MOST_BYTES = 2**28
@@ -151,6 +149,8 @@ def check_type(value: Any, hint: Any, where: str) -> None:
 
     A whole number is a float, too; true and false are no numbers.
     """
+    import typeguard  # here, so that files are locked and replaced where it is not installed
+
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     try:
         if isinstance(value, bool) and not {bool, object, Any} & set(members):

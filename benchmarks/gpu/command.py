@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (OSError, zipfile.BadZipFile) as error:
             print(f"benchmarks gpu: error: --wheels: expected a folder of wheels, got {error}", file=sys.stderr)
             return 2
-        sys.path.append(str(site))
+        sys.path.insert(0, str(site))
     if sentence := missing():
         print(sentence, file=sys.stderr)
     from fastprompt.errors import InputError  # torch is first needed here

@@ -106,7 +106,9 @@ def _wrong(found: Found) -> Iterator[str]:
             for row in store.wrong_rows(item):
                 said = row.get("wrong") or ", ".join(f"{key} {value}" for key, value in row.items())
                 yield f"* {step.name}, {name}: wrong: {_one_line(said)[:LONGEST]}"
-        if (ended := store.outcomes(found.out).get(step.name, {})).get("status") in (store.LATE, store.LEFT_OUT):
+        ended = store.outcomes(found.out).get(step.name, {})
+        itself = ended.get("status") == store.FAILED and not ended["errors"] + ended["wrong"]
+        if itself or ended.get("status") in (store.LATE, store.LEFT_OUT):
             yield f"* {step.name}: {ended['status']}: {_one_line(ended['tail'])[-LONGEST:]}"
 
 

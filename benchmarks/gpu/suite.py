@@ -17,7 +17,7 @@ from benchmarks.gpu.processes import ROOT, end_with_parent
 
 # It compiles for other targets, needs no GPU, and more packages than there may be.
 IGNORED = "tests/kernels/test_kernel_resources.py"
-REHEARSED = ("tests/kernels/test_sinkhorn.py", "-k", "no_problems or by_hand")
+REHEARSED = ("tests/kernels/test_sinkhorn.py", "-k", "marginals or no_problems")
 
 
 def items(plan: Plan) -> dict[str, Rows]:

@@ -12,13 +12,19 @@ from fastprompt.errors import InputError
 from fastprompt.evaluation import metrics
 from fastprompt.evaluation.summary import Summary
 from fastprompt.progress import progress_bar
-from fastprompt.training.given import as_source
 
 if TYPE_CHECKING:
     from fastprompt.backbone import ImageFeatures
     from fastprompt.learners import Learner
     from fastprompt.training import FeatureSource
     from fastprompt.training.given import Images
+
+
+def _as_source(images: "Images", learner: "Learner", *, what: str, progress: bool) -> "FeatureSource":
+    """See ``as_source``, which brings open_clip: tables and metrics do without."""
+    from fastprompt.training.given import as_source
+
+    return as_source(images, learner, what=what, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ def predict_all(learner: "Learner", source: "Images", *, batch_size: int = 256, 
     Raises:
         InputError: the source is empty, or the batch size is not positive.
     """
-    source = as_source(source, learner, what="test images", progress=progress)
+    source = _as_source(source, learner, what="test images", progress=progress)
     classes, confidences = [], []
     with _inference(learner):
         for features in _batches(learner, source, batch_size, "predict" if progress else None):
@@ -141,7 +147,7 @@ def evaluate_accuracy(
     Raises:
         InputError: a label has no class name, the source is empty, or the batch size is not positive.
     """
-    source = as_source(source, learner, what="test images", progress=progress)
+    source = _as_source(source, learner, what="test images", progress=progress)
     labels = source.labels.cpu()
     class_count = len(learner.class_names)
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < class_count:
@@ -206,7 +212,7 @@ def ood_detection(
     """
 
     def scores(source: "Images", title: str) -> Tensor:
-        source = as_source(source, learner, what=f"{title} images", progress=progress)
+        source = _as_source(source, learner, what=f"{title} images", progress=progress)
         with _inference(learner):
             batches = _batches(learner, source, batch_size, title if progress else None)
             return torch.cat([learner.ood_score(features, kind=kind).cpu() for features in batches])

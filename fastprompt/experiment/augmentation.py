@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,9 +27,11 @@ from fastprompt.data import (
     seeded_crops,
 )
 from fastprompt.errors import InputError
-from fastprompt.experiment.config import TrainConfig
 from fastprompt.experiment.sources import encoder, feature_source, image_transform, plain_reader
 from fastprompt.training import FeatureSource, ImageSource, ViewSource
+
+if TYPE_CHECKING:
+    from fastprompt.experiment.config import TrainConfig
 
 log = logging.getLogger(__name__)
 

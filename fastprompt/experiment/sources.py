@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,9 +20,11 @@ from fastprompt.data import (
     read_batch,
 )
 from fastprompt.errors import InputError
-from fastprompt.experiment.config import FeatureConfig
 from fastprompt.training import CachedSource, FeatureSource, ImageSource
 from fastprompt.training.sources import ReadImages
+
+if TYPE_CHECKING:
+    from fastprompt.experiment.config import FeatureConfig
 
 
 def image_transform(backbone: Backbone) -> ImageTransform:
@@ -72,6 +75,8 @@ def feature_source(
         progress: whether to show bars.
         what: what the images are, for the bar: "test images", for instance.
     """
+    from fastprompt.experiment.config import FeatureConfig  # brings tyro, which crops and steps do without
+
     config = config or FeatureConfig()
     if not config.cache:
         read = plain_reader(backbone)

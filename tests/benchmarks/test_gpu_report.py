@@ -146,6 +146,9 @@ def test_errors_and_steps_that_were_left_out_are_on_the_page(out):
     store.append(
         out / "steps.jsonl", {"step": "text", "status": "left out", "seconds": 0.0, "tail": "open_clip cannot be"}
     )
+    ended = {"step": "train", "status": "failed", "seconds": 0.0, "errors": 0, "wrong": 0, "tail": "ImportError: no x"}
+    store.append(out / "steps.jsonl", ended)  # before its first item
     text = report.write(out).read_text()
+    assert "* train: failed: ImportError: no x" in text
     assert "* capture, graph x: RuntimeError: operation not permitted" in text
     assert "* text: left out: open_clip cannot be" in text

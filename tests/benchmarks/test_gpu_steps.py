@@ -1,6 +1,9 @@
 """The steps of python -m benchmarks gpu: what they notice, and how calls are timed on a device that is made up here."""
 
 import inspect
+import os
+import subprocess
+import sys
 import time
 from importlib import import_module
 
@@ -12,6 +15,7 @@ from benchmarks import step_profile, text_encoder, train_step
 from benchmarks.gpu import candidates, capture, cases, clock, launches, sweep, tail, values
 from benchmarks.gpu.command import main
 from benchmarks.gpu.plan import STEPS, Plan
+from benchmarks.gpu.processes import ROOT
 from benchmarks.gpu.store import items, outcomes
 from benchmarks.measure import Case, UnavailableError
 
@@ -279,3 +283,38 @@ def test_rehearsed_by_the_command(tmp_path):
     assert set(outcomes(out)) == set(BY_COMMAND)
     assert len(list(items(out, "sweep")["forward_kernel k=16 keep"].rows)) == 2
     assert "not run" in (out / "report.md").read_text() and (tmp_path / "out.zip").exists()
+
+
+# Where Python looks for packages, those are hidden that a machine with torch and Triton lacks.
+HIDING = """
+import sys
+from importlib.machinery import PathFinder
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        hidden = {"tyro", "docstring_parser", "typeguard", *HIDDEN}
+        return None if name.partition(".")[0] in hidden else PathFinder.find_spec(name, path, target)
+sys.meta_path = [Finder if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+def test_where_little_more_than_torch_and_triton_is_installed(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text('HIDDEN = ["open_clip", "ftfy", "wcwidth"]' + HIDING)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--rehearse", "--quick", "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*command, "--only", "environment", "overhead", "train"], cwd=ROOT, env={**os.environ, "PYTHONPATH": path},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "Missing here: open_clip_torch, ftfy, wcwidth; steps that need them are left out" in done.stderr
+    statuses = {name: one["status"] for name, one in outcomes(tmp_path / "out").items()}
+    assert statuses == {"environment": "done", "overhead": "done", "train": "left out"}
+    assert "left out: open_clip cannot be imported here" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_no_step_needs_the_packages_of_the_command_line(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("HIDDEN = []" + HIDING)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    modules = ", ".join(f"benchmarks.gpu.{step.name}" for step in STEPS)
+    program = f"import {modules}, benchmarks.gpu.report, benchmarks.gpu.runner, sys; assert 'tyro' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, check=True)
