@@ -80,6 +80,12 @@ class Backbone(nn.Module):
         with torch.no_grad():
             self.embed_dim = self.project_patches(torch.zeros(1, self.patch_width)).shape[-1]
 
+    def __repr__(self) -> str:
+        """Such as Backbone(ViT-B-16 openai, 14 x 14 patches, 512 wide, float32 on cpu)."""
+        named, (rows, columns) = " ".join(filter(None, (self.name, self.pretrained))), self.patch_grid
+        where = f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
+        return f"Backbone({named}, {rows} x {columns} patches, {self.embed_dim} wide, {where})"
+
     def train(self, mode: bool = True) -> Backbone:
         """Stays in evaluation mode: batch statistics and dropout of a frozen tower never change."""
         return self

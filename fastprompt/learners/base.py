@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,12 +61,14 @@ class Learner(HubLearner, BackboneHolder, ABC):
         backbone: the frozen model.
         class_names: the C classes.
         options: the arguments beside backbone and class names from which the learner was made.
+        telling: options that ``repr`` shows beside those that are not at their defaults.
         class_specific: whether learned tensors belong to single classes, so that other classes cannot be named.
     """
 
     method: ClassVar[str]
     learns: ClassVar[bool] = True
     recipes: ClassVar[Mapping[str, Recipe]]
+    telling: ClassVar[tuple[str, ...]] = ()
     class_specific: bool = False
     class_names: tuple[str, ...]
     class_tokens: ClassTokens
@@ -89,6 +93,16 @@ class Learner(HubLearner, BackboneHolder, ABC):
         self.options = options
         self._context_tokens, self._suffix = context_tokens, suffix
         self._set_classes(class_names)
+
+    def __repr__(self) -> str:
+        """Such as GalLoP(64 classes, ViT-B-16 openai, k=(5, 10, 15, 20), 606,208 learned)."""
+        classes, learned = len(self.class_names), sum(parameter.numel() for parameter in self.parameters())
+        parameters = inspect.signature(type(self).__init__).parameters
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in self.options.items()}
+        shown = (name for name in given if name in self.telling or given[name] != parameters[name].default)
+        options = (f"{name}={reprlib.repr(given[name])}" for name in shown)
+        size = f"{classes} class{'es' * (classes != 1)}"
+        return f"{type(self).__name__}({', '.join([size, self.backbone_label, *options, f'{learned:,} learned'])})"
 
     def _set_classes(self, class_names: Sequence[str]) -> None:
         self.class_tokens = self.backbone.tokenize(class_names, self._suffix)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastprompt.backbone import Backbone, ImageFeatures
 from fastprompt.learners.base import Learner, Scores, check_weight
+from fastprompt.learners.coop import EPOCHS
 from fastprompt.learners.descriptions import encode_descriptions, load_descriptions
 from fastprompt.learners.plot import initial_contexts
 from fastprompt.learners.recipe import Recipe
@@ -20,6 +21,8 @@ from fastprompt.learners.transport import Transport, transport_similarity
 
 if TYPE_CHECKING:
     from fastprompt.training import FeatureSource
+
+OURS = "PLOT's values (see there): those of DuAl-PT were not available to us"
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +49,8 @@ class DuAlPT(Learner):
 
     method: ClassVar[str] = "dualpt"
     recipes: ClassVar[Mapping[str, Recipe]] = {
-        "default": Recipe(source="PLOT's values (see there): those of DuAl-PT were not available to us", batch_size=128)
+        "default": Recipe(source=OURS, epochs=EPOCHS, batch_size=128),
+        "imagenet": Recipe(source=OURS, epochs=50, batch_size=128),
     }
 
     def __init__(

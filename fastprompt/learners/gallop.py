@@ -37,6 +37,7 @@ class GalLoP(Learner):
     """
 
     method: ClassVar[str] = "gallop"
+    telling: ClassVar[tuple[str, ...]] = ("k",)
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "default": Recipe(source=CODE, epochs=200, weight_decay=1e-2, warmup_epochs=0),
         "imagenet": Recipe(source=CODE, epochs=50, batch_size=128, weight_decay=1e-2, warmup_epochs=0),

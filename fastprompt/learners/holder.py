@@ -54,6 +54,13 @@ class BackboneHolder(nn.Module):
             )
         self.__dict__["_backbone"] = backbone  # past nn.Module, which would register it as a submodule
 
+    @property
+    def backbone_label(self) -> str:
+        """Name and weights of the backbone, whether or not it is there: "ViT-B-16 openai"."""
+        held = self._backbone
+        named = (held["name"], held["pretrained"]) if isinstance(held, dict) else (held.name, held.pretrained)
+        return " ".join(filter(None, named))
+
     def __setattr__(self, name: str, value: object) -> None:
         if name == "backbone":  # past nn.Module, which would not ask the property
             object.__setattr__(self, name, value)

@@ -13,6 +13,8 @@ from fastprompt.learners.coop import CoOp
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.templates import DEFAULT_TEMPLATE, TEMPLATES
 
+# Its table is CoOp's, but for textures.
+SENTENCES = TEMPLATES | {"dtd": "a photo of a {}, a type of texture."}
 PUBLISHED = {"source": "KgCoOp's code, trainers/kgcoop.py and its scripts", "epochs": 100, "batch_size": 128}
 
 
@@ -34,7 +36,7 @@ class KgCoOp(CoOp):
     method: ClassVar[str] = "kgcoop"
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "default": Recipe(**PUBLISHED),
-        **{dataset: Recipe(**PUBLISHED, options={"template": text}) for dataset, text in TEMPLATES.items()},
+        **{dataset: Recipe(**PUBLISHED, options={"template": text}) for dataset, text in SENTENCES.items()},
     }
 
     def __init__(

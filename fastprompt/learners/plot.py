@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from fastprompt.backbone import Backbone, ImageFeatures
 from fastprompt.learners.base import Learner, Scores, check_prompts, initial_context
+from fastprompt.learners.coop import EPOCHS
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.transport import Transport, transport_similarity
 
-CODE = "PLOT's code, plot-coop/configs/trainers/PLOT/rn50.yaml and scripts/main.sh: ResNet-50"
+CODE = "PLOT's code, plot-coop/train.py, which sets the epochs, and configs/trainers/PLOT/rn50.yaml: ResNet-50"
+SMALL = f"{CODE}, which notes this batch size for it"
 
 
 class PLOT(Learner):
@@ -42,9 +44,9 @@ class PLOT(Learner):
 
     method: ClassVar[str] = "plot"
     recipes: ClassVar[Mapping[str, Recipe]] = {
-        "default": Recipe(source=CODE, batch_size=128),
-        "fgvc_aircraft": Recipe(source=f"{CODE}, which notes this batch size for small data sets"),
-        "imagenet": Recipe(source=CODE, batch_size=128, options={"pooled": True}),
+        "default": Recipe(source=CODE, epochs=EPOCHS, batch_size=128),
+        **{name: Recipe(source=SMALL, epochs=EPOCHS) for name in ("flowers102", "fgvc_aircraft", "stanford_cars")},
+        "imagenet": Recipe(source=CODE, epochs=50, batch_size=128, options={"pooled": True}),
     }
 
     def __init__(

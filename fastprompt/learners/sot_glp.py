@@ -49,6 +49,7 @@ class SOTGLP(GalLoP):
     """
 
     method: ClassVar[str] = "sot-glp"
+    telling: ClassVar[tuple[str, ...]] = ("local_prompts", "patches")
     class_specific = True
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "default": _recipe(32, 0.005, 4),

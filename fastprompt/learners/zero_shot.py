@@ -14,6 +14,7 @@ from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.templates import DEFAULT_TEMPLATE, TEMPLATES, split_template
 
 CODE = "CoOp's code, trainers/zsclip.py"
+GL_MCM = "GL-MCM's code: CLIP's sentence without the full stop, with which OOD scores differ by 2e-3 to 3e-3"
 
 
 class ZeroShot(Learner):
@@ -29,6 +30,7 @@ class ZeroShot(Learner):
     learns: ClassVar[bool] = False
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "default": Recipe(source=CODE),
+        "gl-mcm": Recipe(source=GL_MCM, options={"template": "a photo of a {}"}),
         **{dataset: Recipe(source=CODE, options={"template": text}) for dataset, text in TEMPLATES.items()},
     }
 

@@ -42,6 +42,8 @@ def test_the_distance_is_that_of_the_present_classes(vit_backbone, images):
 
 def test_recipes_have_the_template_of_their_data_set():
     assert find_recipe(KgCoOp, "oxford_pets").options["template"] == TEMPLATE
+    assert find_recipe(KgCoOp, "dtd").options["template"] == "a photo of a {}, a type of texture."  # not CoOp's
+    assert find_recipe(KgCoOp, "food101").options["template"] == "a photo of {}, a type of food."
     recipe = find_recipe(KgCoOp, "default")
     assert (recipe.epochs, recipe.batch_size, recipe.lr) == (100, 128, 0.002)
 

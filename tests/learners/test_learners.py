@@ -238,6 +238,18 @@ def test_wrong_options_get_one_sentence(vit_backbone, make, message):
         make(vit_backbone)
 
 
+def test_learners_and_backbones_are_shown_in_one_short_line(vit_backbone):
+    names = [f"class {number}" for number in range(64)]
+    learned = 8 * 4 * 48 + 64 * 64
+    shown = f"GalLoP(64 classes, test random, k=(5, 10, 15, 20), {learned:,} learned)"
+    assert repr(GalLoP(vit_backbone, names)) == shown
+    assert repr(CoOp(vit_backbone, names[:1], context=16)) == "CoOp(1 class, test random, context=16, 768 learned)"
+    assert repr(ZeroShot(vit_backbone, names)) == "ZeroShot(64 classes, test random, 0 learned)"
+    assert repr(vit_backbone) == "Backbone(test random, 4 x 4 patches, 32 wide, float64 on cpu)"
+    for method in METHODS:
+        assert len(repr(make_learner(method, vit_backbone, names))) < 120
+
+
 def test_features_move_and_index_together():
     features = ImageFeatures(torch.arange(6.0).view(3, 2), torch.arange(12.0).view(3, 2, 2))
     assert len(features) == 3

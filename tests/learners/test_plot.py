@@ -108,7 +108,11 @@ def test_wrong_options_get_one_sentence(vit_backbone, options, message):
         PLOT(vit_backbone, NAMES, **options)
 
 
-def test_published_recipe():
+def test_published_recipes():
+    """The epochs are those of the training script, which overrides its configuration files."""
     recipe = PLOT.recipes["default"]
-    assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.warmup_epochs) == (50, 128, 0.002, 1)
-    assert PLOT.recipes["imagenet"].options == {"pooled": True}
+    assert [recipe.epochs_for(shots) for shots in (1, 2, 4, 8, 16, None)] == [50, 100, 100, 200, 200, 200]
+    assert (recipe.batch_size, recipe.lr, recipe.warmup_epochs) == (128, 0.002, 1)
+    for name in ("flowers102", "fgvc_aircraft", "stanford_cars"):
+        assert (PLOT.recipes[name].batch_size, PLOT.recipes[name].epochs_for(16)) == (32, 200)
+    assert (PLOT.recipes["imagenet"].epochs_for(16), PLOT.recipes["imagenet"].options) == (50, {"pooled": True})

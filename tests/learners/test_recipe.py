@@ -69,7 +69,11 @@ def test_a_method_is_registered_once_and_has_a_default_recipe():
 @pytest.mark.parametrize("learner", METHODS.values(), ids=METHODS)
 def test_recipes_name_their_source_and_known_data_sets(learner):
     assert all(recipe.source for recipe in learner.recipes.values())
-    assert set(learner.recipes) <= {"default", "few-shot", *TEMPLATES}
+    assert set(learner.recipes) <= {"default", "few-shot", "gl-mcm", *TEMPLATES}
+
+
+def test_the_sentence_of_gl_mcm_has_no_full_stop():
+    assert find_recipe(ZeroShot, "gl-mcm").options == {"template": "a photo of a {}"}
 
 
 def test_templates_are_encoded_as_open_clip_does(vit_backbone):
