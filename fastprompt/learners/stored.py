@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
 from fastprompt.backbone import Backbone, load_backbone
 from fastprompt.documents import build, parse_json
 from fastprompt.errors import InputError, listed
 from fastprompt.files import read_tensors, write_file, write_tensors
+from fastprompt.learners.card import card_text
 
 if TYPE_CHECKING:
     from fastprompt.learners.base import Learner
@@ -120,9 +121,29 @@ def _shapes(tensors: Mapping[str, Tensor]) -> set[str]:
 class HubLearner(ModelHubMixin, library_name="fastprompt", tags=["prompt-learning", "clip"]):
     """``save_pretrained``, ``push_to_hub`` and ``from_pretrained`` of every learner, by huggingface_hub.
 
-    What is stored are the learned tensors and a description; the backbone is loaded by its name.
+    What is stored are the learned tensors, a description and a card (README.md), which ``model_card_kwargs`` tells of
+    training settings and accuracy. The backbone is loaded by its name.
     ``from_pretrained`` takes ``backbone``, if it is loaded already, or ``device`` and ``precision`` to load it with.
     """
+
+    def generate_model_card(
+        self, *, repo_id: str = "name/repository", settings: object = None, accuracy: float | None = None
+    ) -> ModelCard:
+        """Make the card: method, backbone, class names, how to load it, and what ``model_card_kwargs`` brings.
+
+        Args:
+            repo_id: where it will be loaded from.
+            settings: how it was trained, such as ``TrainingSettings``.
+            accuracy: share of test images that it named right.
+        """
+        described = {**describe(self), "options": self.options}
+        text = card_text(self, described, repository=repo_id, training=settings, accuracy=accuracy)
+        return ModelCard(text)
+
+    def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **where: Any) -> str:
+        """Put the learner into a repository of the Hub; see ``huggingface_hub.ModelHubMixin``. Returns its address."""
+        facts = {"repo_id": repo_id, **(model_card_kwargs or {})}
+        return super().push_to_hub(repo_id, model_card_kwargs=facts, **where)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         described = {METADATA: {**describe(self), "options": self.options}}
