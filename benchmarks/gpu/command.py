@@ -25,7 +25,7 @@ written as they come; the same command goes on where it was stopped, wherever th
 # By name of their modules, what the steps import beside torch and Triton, and what it is called on PyPI.
 PACKAGES = {
     "numpy": "numpy", "safetensors": "safetensors", "tqdm": "tqdm", "open_clip": "open_clip_torch", "ftfy": "ftfy",
-    "wcwidth": "wcwidth", "regex": "regex", "timm": "timm", "torchvision": "torchvision",
+    "wcwidth": "wcwidth", "typeguard": "typeguard", "regex": "regex", "timm": "timm", "torchvision": "torchvision",
     "torchmetrics": "torchmetrics",
     "huggingface_hub": "huggingface_hub", "matplotlib": "matplotlib", "jinja2": "jinja2", "PIL": "pillow",
     "pytest": "pytest", "hypothesis": "hypothesis",

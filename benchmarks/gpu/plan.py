@@ -25,14 +25,16 @@ class Step:
     needs: tuple[str, ...] = ()
 
 
+MODELS = ("open_clip", "typeguard")  # what loads them
+
 STEPS = (
     Step("environment", "The machine, and the ceilings of its parts", 45),
     Step("values", "Values and gradients of every Triton kernel, NaN and ties", 90, workers=8),
     Step("capture", "Operators inside of CUDA graphs and of torch.compile", 60),
     Step("headline", "The similarity at its headline shape, beside peers and floors", 90),
-    Step("text", "The text tower for 8 x 1000 names, with and without replays", 60, needs=("open_clip",)),
-    Step("train", "A training step of GalLoP with 128 images", 75, needs=("open_clip",)),
-    Step("profile", "A training step, part by part and kernel by kernel", 45, needs=("open_clip",)),
+    Step("text", "The text tower for 8 x 1000 names, with and without replays", 60, needs=MODELS),
+    Step("train", "A training step of GalLoP with 128 images", 75, needs=MODELS),
+    Step("profile", "A training step, part by part and kernel by kernel", 45, needs=MODELS),
     Step("overhead", "What a call costs before any arithmetic", 20),
     Step("sanitizer", "Memory checks of small shapes by compute-sanitizer", 90),
     Step(
@@ -40,7 +42,7 @@ STEPS = (
     ),
     Step("sweep", "Launch tables: their times", 60),
     Step("suite", "The part of the test suite that is for a GPU", 120, needs=("pytest", "hypothesis")),
-    Step("tail", "The other benchmarks and shapes, compiled peers and memory", 480, needs=("open_clip",)),
+    Step("tail", "The other benchmarks and shapes, compiled peers and memory", 480, needs=MODELS),
 )
 
 

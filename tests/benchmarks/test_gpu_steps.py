@@ -306,10 +306,10 @@ def test_where_little_more_than_torch_and_triton_is_installed(tmp_path):
         [*command, "--only", "environment", "overhead", "train"], cwd=ROOT, env={**os.environ, "PYTHONPATH": path},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert "Missing here: open_clip_torch, ftfy, wcwidth; steps that need them are left out" in done.stderr
+    assert "Missing here: open_clip_torch, ftfy, wcwidth, typeguard; steps that need them are left out" in done.stderr
     statuses = {name: one["status"] for name, one in outcomes(tmp_path / "out").items()}
     assert statuses == {"environment": "done", "overhead": "done", "train": "left out"}
-    assert "left out: open_clip cannot be imported here" in (tmp_path / "out" / "report.md").read_text()
+    assert "left out: open_clip, typeguard cannot be imported here" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_no_step_needs_the_packages_of_the_command_line(tmp_path):
