@@ -38,9 +38,7 @@ def export_run(config: ExportConfig) -> Path:
         raise InputError(f"out: expected a file that ends in {' or '.join(makers)}, got {out}")
     if out.name in (MODEL, STATE) and is_run(out.parent):
         raise InputError(f"out: expected another name than that of a file of the run {out.parent}, got {out.name}")
-    learner = load_run(config.run, device=config.device)
-    if config.class_names:
-        learner = learner.with_class_names(config.class_names)
+    learner = load_run(config.run, device=config.device, class_names=config.class_names)
     with locked(out.parent):
         content = makers[out.suffix](learner)
         if not out.exists() or (config.force and out.is_file()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastprompt.backbone import Backbone, ImageFeatures, load_backbone
-from fastprompt.data import find_images, load_dataset, load_image, select_classes
+from fastprompt.data import find_images, load_dataset, load_image, readable_name, select_classes
 from fastprompt.documents import build, check_object
 from fastprompt.errors import InputError
 from fastprompt.evaluation import Row, evaluate_accuracy, ood_detection
@@ -25,16 +25,23 @@ from fastprompt.training import RunFolder
 from fastprompt.training.run_folder import CONFIG, MODEL
 
 
-def load_run(path: str | Path, *, device: str | None = None, backbone: Backbone | None = None) -> Learner:
+def load_run(
+    path: str | Path,
+    *,
+    device: str | None = None,
+    backbone: Backbone | None = None,
+    class_names: Sequence[str] = (),
+) -> Learner:
     """The trained learner of a run folder.
 
     Args:
         path: the run folder.
         device: where it runs; CUDA if there is one by default.
         backbone: the one that it was trained on, if it is loaded already.
+        class_names: other classes than those of the run, read as its own were: underscores become spaces, or stay.
 
     Raises:
-        InputError: not a finished run, or its backbone has other weights now.
+        InputError: not a finished run, its backbone has other weights now, or class names that it cannot take.
     """
     run = RunFolder.open(path)
     tensors, metadata = run.load_model()
@@ -43,7 +50,16 @@ def load_run(path: str | Path, *, device: str | None = None, backbone: Backbone 
         precision = _settings(run).precision
         place = {"device": device, "precision": precision, "cache_dir": described.weights_dir}
         backbone = load_backbone(described.backbone, described.pretrained, **place)
-    return rebuild(described, tensors, backbone, run.path / MODEL)
+    learner = rebuild(described, tensors, backbone, run.path / MODEL)
+    return learner.with_class_names(_readable(class_names, run)) if class_names else learner
+
+
+def _readable(class_names: Sequence[str], run: RunFolder) -> list[str]:
+    keep = _settings(run).keep_underscores
+    names = [readable_name(name, keep, f"class_names: name {number}") for number, name in enumerate(class_names, 1)]
+    if repeated := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise InputError(f"class_names: expected every class once, got {repeated[0]!r} twice")
+    return names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +135,7 @@ def predict_images(config: PredictConfig) -> Iterator[tuple[Path, list[tuple[str
     if config.top < 1:
         raise InputError(f"top: expected at least 1, got {config.top}")
     paths = [path for given in config.images for path in (_images_in(given) if given.is_dir() else (given,))]
-    learner = load_run(config.run, device=config.device)
-    if config.class_names:
-        learner = learner.with_class_names(config.class_names)
+    learner = load_run(config.run, device=config.device, class_names=config.class_names)
     for path in paths:
         probabilities = learner.predict(_features(learner, path))[0]
         best = probabilities.topk(min(config.top, len(learner.class_names)))

@@ -67,6 +67,11 @@ def test_other_class_names_and_the_refusal_of_class_specific_contexts(coop_run, 
     out = capsys.readouterr().out
     assert "cat" in out
     assert "dog" in out
+    for command in (["predict", "run", image], ["export", "run", "--out", "same.safetensors"]):
+        assert main([*command, "--class-names", "polar_bear", "polar bear"]) == 2
+        assert "class_names: expected every class once, got 'polar bear' twice" in capsys.readouterr().err
+        assert main([*command, "--class-names", "Cat", "cat"]) == 2
+        assert "tells apart, got 'Cat' and 'cat'" in capsys.readouterr().err
     assert main(["export", "run", "--out", "other.safetensors", "--class-names", "cat", "dog"]) == 0
     with safe_open("other.safetensors", "pt") as file:
         assert file.get_tensor("head").shape == (2, 32)
