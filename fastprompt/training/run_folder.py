@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,9 +129,11 @@ class RunFolder:
             self.config |= {"lr": new["lr"], DIVERGED: [*before, earlier]}
         elif different:
             name = different[0]
+            other = re.sub(r"[^\w.]+", "-", f"{name}-{new.get(name, 'unset')}")[:60].strip("-")
             raise InputError(
                 f"{self.path} holds a run with {name} = {old.get(name, NOT_SET)}, but now {name} = "
-                f"{new.get(name, NOT_SET)}: choose another --out, or go back to the old value to resume that run"
+                f"{new.get(name, NOT_SET)}: choose another --out, such as {self.path}-{other}, or go back to "
+                "the old value to resume that run"
             )
 
     @property

@@ -60,7 +60,8 @@ def test_a_finished_run_is_read_again_and_another_one_refused(trained, photos, c
     assert second.out == trained.out.replace("\n\nphotos", "\n\nrun is complete: nothing was trained\n\nphotos")
     assert "training" not in second.err
     assert main([*again, "--lr", "0.5"]) == 2
-    assert "holds a run with lr = 0.002, but now lr = 0.5" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "holds a run with lr = 0.002, but now lr = 0.5: choose another --out, such as run-lr-0.5, or" in said
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
 
 
