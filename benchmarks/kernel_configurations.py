@@ -127,7 +127,7 @@ def _crops(target: str, dtype: torch.dtype) -> Iterator[Configuration]:
     """Those of resized_crop, whose sums are float32; the dtype of the result matters to its last instruction alone."""
     if dtype == torch.float32:
         for levels, cubic in product((0, 1), (0, 1)):
-            blocks = (*crops.launch_blocks(bool(levels)).items(), ("LEVELS", levels), ("CUBIC", cubic))
+            blocks = (*crops.launch_blocks(target, bool(levels)).items(), ("LEVELS", levels), ("CUBIC", cubic))
             yield Configuration("resized_crop_kernel", target, dtype, 0, 0, False, 1, blocks)
 
 
@@ -160,12 +160,17 @@ def key(configuration: Configuration, version: str = triton.__version__) -> tupl
 
 @cache
 def source(kernel: str) -> str:
-    """A short hash of the code that a kernel is compiled from; comments and docstrings do not count."""
+    """A short hash of the code that a kernel is compiled from.
+
+    Comments and docstrings do not count, nor does what a decorator says of arguments: it decides how often a kernel is
+    compiled for a user, not what is compiled here.
+    """
     digest = hashlib.sha256()
     for module in KERNELS[kernel][1]:
         for node in ast.parse(inspect.getsource(module)).body:
             if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(one) for one in node.decorator_list):
                 if ast.get_docstring(node) is not None:
                     node.body.pop(0)
+                node.decorator_list = []
                 digest.update(ast.unparse(node).encode())
     return digest.hexdigest()[:12]

@@ -12,6 +12,26 @@ INT32_REACH = 2**31
 PROGRAMS = 264
 
 
+def _let_loops_end_at_arrays() -> None:
+    """Let Triton 3.6's interpreter take the one element of an array for a number, as later versions do.
+
+    It asks for the int of an array (1,), which NumPy has refused since 2.4.
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_also(tensor: type, scope: object) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_also
+
+
+if triton.knobs.runtime.interpret and triton.__version__.startswith("3.6."):
+    _let_loops_end_at_arrays()
+
+
 def why_not(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """The reason why kernels cannot take such inputs, or None."""
     if not triton.knobs.runtime.interpret:

@@ -13,6 +13,12 @@ import triton.language as tl
 
 
 @triton.jit
+def larger(x, y):
+    """The larger of two. NaN counts as the larger, and tl.minimum gives the other: so it sorts first, as in torch."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def largest(tile, LOG_K: tl.constexpr, LOG_LENGTH: tl.constexpr):
     """The K = 2^LOG_K largest elements of every row, in descending order.
 
@@ -53,7 +59,7 @@ def merge(left, right):
     K: tl.constexpr = len(left)
     run = ()
     for i in tl.static_range(K):
-        run = run + (tl.maximum(left[i], right[K - 1 - i]),)
+        run = run + (larger(left[i], right[K - 1 - i]),)
     return _sort_bitonic(run)
 
 
@@ -62,11 +68,11 @@ def _merge_columns(run):
     """Like merge, of the runs in the two columns of every tensor; both columns receive the result."""
     K: tl.constexpr = len(run)
     second = tl.arange(0, 2)[None, :] == 1
-    larger = ()
+    upper = ()
     for i in tl.static_range(K):
         opposite = tl.where(second, run[K - 1 - i], run[i])
-        larger = larger + (tl.max(opposite, 1, keep_dims=True).broadcast_to(run[i].shape),)
-    return _sort_bitonic(larger)
+        upper = upper + (tl.reduce(opposite, 1, larger, keep_dims=True).broadcast_to(run[i].shape),)
+    return _sort_bitonic(upper)
 
 
 @triton.jit
@@ -113,13 +119,13 @@ def _merge_odd_even(run):
     """A descending run from two descending halves."""
     K: tl.constexpr = len(run)
     if K == 2:
-        return (tl.maximum(run[0], run[1]), tl.minimum(run[0], run[1]))
+        return (larger(run[0], run[1]), tl.minimum(run[0], run[1]))
     else:
         even = _merge_odd_even(run[0::2])
         odd = _merge_odd_even(run[1::2])
         result = (even[0],)
         for i in tl.static_range(K // 2 - 1):
-            result = result + (tl.maximum(odd[i], even[i + 1]), tl.minimum(odd[i], even[i + 1]))
+            result = result + (larger(odd[i], even[i + 1]), tl.minimum(odd[i], even[i + 1]))
         return result + (odd[K // 2 - 1],)
 
 
@@ -130,9 +136,9 @@ def _sort_bitonic(run):
     if K == 1:
         return run
     else:
-        larger = ()
-        smaller = ()
+        upper = ()
+        lower = ()
         for i in tl.static_range(K // 2):
-            larger = larger + (tl.maximum(run[i], run[i + K // 2]),)
-            smaller = smaller + (tl.minimum(run[i], run[i + K // 2]),)
-        return _sort_bitonic(larger) + _sort_bitonic(smaller)
+            upper = upper + (larger(run[i], run[i + K // 2]),)
+            lower = lower + (tl.minimum(run[i], run[i + K // 2]),)
+        return _sort_bitonic(upper) + _sort_bitonic(lower)

@@ -92,19 +92,24 @@ def test_telling_kernels_are_as_short_as_this_version_of_triton_made_them(compil
         assert float(row.per_element) <= float(surveyed[row.key].per_element), row
 
 
-def test_the_table_is_that_of_the_present_kernels():
+def test_the_rows_of_the_table_are_those_of_present_kernels_and_hold_all_telling_ones():
     table = kernel_table.read()
     (version,) = {row.triton for row in table}  # of one version of Triton, which need not be the one installed here
-    expected = {
-        kernel_configurations.key(configuration, version) for configuration in kernel_configurations.configurations()
-    }
+    everything = list(kernel_configurations.configurations())
     found = {row.key for row in table}
-    assert found == expected, (
-        f"run `python -m benchmarks kernel_resources`: {len(expected - found)} configurations are not in the table, "
-        f"and {len(found - expected)} rows of it belong to none"
-    )
     assert len(table) == len(found)
+    old = found - {kernel_configurations.key(one, version) for one in everything}
+    assert not old, f"run `python -m benchmarks kernel_resources`: {len(old)} rows belong to no present kernel"
+    assert {kernel_configurations.key(one, version) for one in everything if telling(one)} <= found
     check(table)
+
+
+@pytest.mark.torture
+def test_the_table_has_every_configuration():
+    table = kernel_table.read()
+    version, found = table[0].triton, {row.key for row in table}
+    missing = {kernel_configurations.key(one, version) for one in kernel_configurations.configurations()} - found
+    assert not missing, f"run `python -m benchmarks kernel_resources`: {len(missing)} configurations are missing"
 
 
 def test_instructions_are_within_the_budget_with_every_version_that_was_surveyed():
@@ -193,3 +198,19 @@ def test_counted_instructions_of_other_versions_stay(monkeypatch, tmp_path):
     monkeypatch.setattr(kernel_table, "survey", lambda missing: [replace(row, triton="new")])
     kernel_table.update_counted(file)
     assert kernel_table.read(file) == [other, replace(row, triton="new")]
+
+
+def test_what_changes_from_call_to_call_compiles_no_kernel_anew():
+    code = """
+from benchmarks.kernel_configurations import KERNELS
+for kernel, _ in KERNELS.values():
+    for one in kernel.params:
+        if not one.do_not_specialize and not one.do_not_specialize_on_alignment and not one.is_constexpr:
+            print(one.name)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    specialized = set(process.stdout.split())
+    assert "D" in specialized
+    assert specialized.isdisjoint({"B", "C", "P", "X", "ROWS", "MINE", "OTHERS", "PER_SPLIT", "rows", "T", "S", "E"})
+    assert specialized.isdisjoint({"MINE_INNER", "OTHERS_INNER"})  # but for being 1

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from fastprompt_kernels import resized_crop
+from fastprompt_kernels.resized_crop import blocked
 from fastprompt_kernels.testing import poisoned_memory
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
@@ -98,6 +99,14 @@ def test_levels_are_torchvisions_but_for_rounding(impl, interpolation):
         assert difference.max() == 0
     assert difference.max() <= 1
     assert (difference > 0).float().mean() <= 0.01
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_levels_are_rounded_after_each_axis_where_torch_does_not_resample_them(monkeypatch, interpolation):
+    crops = make()
+    monkeypatch.setattr(blocked, "RESAMPLES_LEVELS", ())
+    actual = crops(33, interpolation=interpolation, impl="blocked")
+    assert torch.equal(actual, crops(33, interpolation=interpolation, impl="reference"))
 
 
 @each_implementation

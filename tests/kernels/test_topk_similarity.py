@@ -221,11 +221,16 @@ def test_results_are_the_same_bits_in_every_run_and_in_every_batch(impl, shape, 
 
 
 @each_implementation
-def test_not_a_number_does_not_crash(impl):
-    inputs = draw_inputs((2, 9, 1, 3, 8), [[4]], torch.float32, device=DEVICE)
-    inputs.patches[0, 2] = torch.nan
-    values, *_ = run(inputs, impl)
+@pytest.mark.parametrize(("P", "k"), [(9, 4), (70, 1), (70, 16), (300, 4)])
+def test_not_a_number_in_gives_not_a_number_out_for_its_image_alone(impl, P, k):
+    inputs = draw_inputs((2, P, 1, 3, 8), [[k]], torch.float32, device=DEVICE)
+    inputs.patches[0, 7] = torch.nan
+    inputs.grad[0] = 1
+    values, of_patches, of_prompts = run(inputs, impl)
+    assert values[0].isnan().all()
     assert values[1].isfinite().all()
+    assert of_patches[1].isfinite().all()
+    assert of_prompts.isnan().all()
 
 
 @pytest.mark.parametrize("k", [2, [3, 1], [[1, 3], [5, 2]], 50])

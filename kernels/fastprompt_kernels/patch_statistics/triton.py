@@ -46,7 +46,7 @@ def _products(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS", "P", "C"])
 def statistics_kernel(
     patches, prompts, labels, maximum, logsumexp, entropy, rank, largest, scale,
     ROWS, P, C, D,
@@ -128,7 +128,9 @@ def _logit_grad(logits, grads, logsumexp, entropy, largest, row, c, ROWS, C):
     return tl.where(inside & (c < C), grad, 0.0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["MINE", "OTHERS", "PER_SPLIT"], do_not_specialize_on_alignment=["MINE_INNER", "OTHERS_INNER"]
+)
 def statistics_grad_kernel(
     mine, others, grads, unit, logsumexp, entropy, largest, result, scale,
     MINE, OTHERS, PER_SPLIT, D,

@@ -68,7 +68,7 @@ def _probabilities(
     return of_prefix / total, of_row / total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "T", "S", "E"])
 def attention_kernel(
     tokens, queries, sequence, slots, result, scale, rows, T, S, WIDTH, E, H, D,
     ALL: tl.constexpr, DOT: tl.constexpr,
@@ -102,7 +102,7 @@ def attention_kernel(
         _store(target, i, H * D, asking, D, total, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "T", "S", "E"])
 def attention_grad_kernel(
     grad, tokens, queries, sequence, slots, of_tokens, of_queries, of_prefix, scale, rows, T, S, WIDTH, E, H, D,
     ALL: tl.constexpr, DOT: tl.constexpr,

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cores import on_all_cores
-from .reference import crops, normalized
+from .reference import crops, normalized, resized
+
+# Kinds of devices on which torch resamples levels, axis after axis.
+RESAMPLES_LEVELS = ("cpu",)
 
 
 def forward(
@@ -27,11 +30,10 @@ def forward(
     result = torch.empty(len(table), 3, size, size, dtype=dtype, device=pixels.device)
 
     def fill(index: int, crop: Tensor, flip: bool) -> None:
-        if pixels.device.type != "cpu" and pixels.dtype == torch.uint8:
-            crop = crop.to(sums)  # only processors resample levels
-        image = F.interpolate(crop, (size, size), mode=interpolation, antialias=True)
-        if crop.dtype != pixels.dtype:
-            image = (image + 0.5).floor().clamp(0, 255)
+        if pixels.dtype == torch.uint8 and pixels.device.type not in RESAMPLES_LEVELS:
+            image = resized(crop.to(sums), size, interpolation, levels=True)
+        else:
+            image = F.interpolate(crop, (size, size), mode=interpolation, antialias=True)
         image = normalized(image[0].to(sums), pixels.dtype, mean, std)
         result[index] = image.flip(-1) if flip else image
 

@@ -33,13 +33,18 @@ def resized_crop(
     sums = torch.promote_types(pixels.dtype, torch.float32)
     results = [pixels.new_empty(0, 3, size, size, dtype=sums)]
     for crop, flip in crops(pixels, table):
-        crop = crop.to(sums)
-        for shape in ((crop.shape[2], size), (size, size)):
-            crop = F.interpolate(crop, shape, mode=interpolation, antialias=True)
-            if pixels.dtype == torch.uint8:
-                crop = (crop + 0.5).floor().clamp(0, 255)
+        crop = resized(crop.to(sums), size, interpolation, levels=pixels.dtype == torch.uint8)
         results.append(crop.flip(-1) if flip else crop)
     return normalized(torch.cat(results), pixels.dtype, mean, std).to(dtype)
+
+
+def resized(crop: Tensor, size: int, interpolation: str, *, levels: bool) -> Tensor:
+    """A floating-point crop (1, 3, h, w) as (1, 3, S, S), columns first; levels are rounded after each of both axes."""
+    for shape in ((crop.shape[2], size), (size, size)):
+        crop = F.interpolate(crop, shape, mode=interpolation, antialias=True)
+        if levels:
+            crop = (crop + 0.5).floor().clamp(0, 255)
+    return crop
 
 
 def crops(pixels: Tensor, table: Tensor) -> Iterator[tuple[Tensor, bool]]:

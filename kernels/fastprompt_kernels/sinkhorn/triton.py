@@ -16,7 +16,7 @@ from .reference import LOWEST
 TILE = 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["X"])
 def sinkhorn_kernel(
     cost, plan, changes, count, eps, X, M, N, stride_x, stride_m, stride_n,
     CHANGES: tl.constexpr, LOWEST: tl.constexpr, INDEX: tl.constexpr,

@@ -47,8 +47,9 @@ def _pack(scores, last, EQUAL: tl.constexpr):
     last = last[:, :, None].broadcast_to(R, G, BLOCKS * 4).reshape(R, G * BLOCKS * 4)
     words = tl.zeros(last.shape, tl.int32)
     for i in tl.static_range(2 * PAIRS):
-        chosen = run[i] == last if EQUAL else run[i] >= last
-        words = tl.where(chosen, words | (1 << i if i < 31 else -(1 << 31)), words)
+        # What is no number is not less, and so it is selected, as it is the largest.
+        left_out = run[i] != last if EQUAL else run[i] < last
+        words = tl.where(left_out, words, words | (1 << i if i < 31 else -(1 << 31)))
     return words.reshape(R, G, BLOCKS, 4)
 
 
@@ -80,20 +81,32 @@ def _first(words, count):
 
 
 @triton.jit
+def _most(counts, inside):
+    """The largest of the counts (R, G) of rows that are inside, or 0.
+
+    Reduced along an axis of two: Triton 3.6 and 3.7 fail on sm_100 where a vector is reduced.
+    """
+    R: tl.constexpr = counts.shape[0]
+    G: tl.constexpr = counts.shape[1]
+    return tl.max(tl.where(inside, counts, 0).reshape(1, R * G), 1).item()
+
+
+@triton.jit
 def _store_selection(row, scores, last, k, room, start, P, inside, CHUNKED: tl.constexpr):
     """Write the selection bits of a tile (R, G, L), and return how many equals of the last may still be taken.
 
-    Among equal similarities the patch of the lowest index counts as the larger.
+    Among equal similarities the patch of the lowest index counts as the larger. Rows that are not inside, which are all
+    equal, have no say in whether equals are told apart.
     """
     bits = _pack(scores, last, False)
     if CHUNKED:
         # Larger ones may still come, so the equals have to be told apart at once.
         tied = _pack(scores, last, True)
         taken = _count(tied)
-        if tl.max(tl.max(taken - room, 1), 0) > 0:
+        if _most(taken - room, inside) > 0:
             bits = (bits ^ tied) | _first(tied, room)
         room -= taken
-    elif tl.max(tl.max(_count(bits), 1), 0) > k:
+    elif _most(_count(bits), inside) > k:
         # Some row has more patches equal to its last one than it may take: it takes the first of them.
         tied = _pack(scores, last, True)
         bits = (bits ^ tied) | _first(tied, k - _count(bits ^ tied))
