@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -197,7 +198,7 @@ class RunFolder:
             InputError: The file is damaged.
         """
         file = self.path / STATE
-        return TrainingState.from_file(file) if file.is_file() else None
+        return TrainingState.from_file(file) if os.path.lexists(file) else None
 
     def save_model(self, learner: Learner, extra: Mapping[str, Any] | None = None) -> None:
         """Write the learned tensors, which completes the run; the training state is not needed any more.

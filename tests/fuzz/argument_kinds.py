@@ -1,6 +1,7 @@
 """Malformed arguments and names, and places that cannot be written."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -117,7 +118,8 @@ def folders(rng: Random, home: Path) -> Case:
 
 def full_disk(rng: Random, home: Path) -> Case:
     case = rng.choice(ALL)
-    return Case(case.arguments, "either", case.may_change, file_size=rng.choice([0, 1, 100, 300, 1000, 5000]))
+    size = rng.choice([0, 1, 100, 300, 1000, 5000])
+    return replace(case, may_stay=case.may_change, file_size=size)
 
 
 def usage(rng: Random, home: Path) -> Case:

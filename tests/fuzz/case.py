@@ -14,6 +14,7 @@ class Case:
         arguments: of the command line.
         expects: "refusal", "success" or "either", where what was spoiled may be of no account.
         may_change: what a success may write.
+        may_stay: what a refusal may leave: a run that the same command resumes when the cause is mended.
         encoding: of standard output.
         file_size: bytes at which the disk is full.
     """
@@ -21,6 +22,7 @@ class Case:
     arguments: Sequence[str]
     expects: str = "either"
     may_change: Sequence[str] = ("out",)
+    may_stay: Sequence[str] = ()
     encoding: str = "utf-8"
     file_size: int | None = None
 

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -104,7 +105,7 @@ def cache(rng: Random, home: Path) -> Case:
         spoil_file(rng, file)
     else:
         file.write_bytes((spoil_bytes if how < 0.6 else spoil_tensors)(rng, file.read_bytes()))
-    return rng.choice([USES[0], FRESH])
+    return rng.choice([USES[0], replace(FRESH, may_stay=FRESH.may_change)])  # test images are read after training
 
 
 def class_names_file(rng: Random, home: Path) -> Case:

@@ -70,8 +70,8 @@ def judge(home: Path, case: Case) -> tuple[str, str | None]:
     lines = [line.split("\r")[-1] for line in err.buffer.getvalue().decode().split("\n")]
     said = "\n".join(line for line in lines if line.strip() and "%|" not in line)  # without progress bars
     after = snapshot(home)
-    writes = status == 0 or case.file_size is not None  # on a full disk a run may be left that can be resumed
-    fault = fault or _wrong_words(status, said) or _wrong_changes(before, after, case.may_change if writes else ())
+    allowed = case.may_change if status == 0 else case.may_stay
+    fault = fault or _wrong_words(status, said) or _wrong_changes(before, after, allowed)
     ended = {0: "works", 2: "refuses"}.get(status, "fails")
     if not fault and case.expects != "either" and ended != {"success": "works", "refusal": "refuses"}[case.expects]:
         fault = f"{ended}, but a {case.expects} is right: {said[-200:]}"
