@@ -173,7 +173,7 @@ def _write_image(rng: Random, file: Path) -> None:
     suffix = rng.choice(
         ["PNG", "PNG", "TIFF"] if kind == "mode" else ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"]
     )
-    picture.save(file, "PNG" if max(size) > 16_000 else suffix)
+    picture.save(file, "PNG" if max(size) > 16_000 else "TIFF" if picture.mode == "I" else suffix)
     if kind == "bytes":
         file.write_bytes(spoil_bytes(rng, file.read_bytes()))
 

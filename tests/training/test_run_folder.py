@@ -186,7 +186,7 @@ def test_a_state_that_no_training_leaves_is_refused(run, change, words):
 def test_a_state_that_is_there_but_no_file_is_not_taken_for_none(run):
     assert run.load_state() is None
     (run.path / "training_state.safetensors").symlink_to("nowhere")
-    with pytest.raises(InputError, match="training state .* expected a file, got no such file"):
+    with pytest.raises(InputError, match=r"training state .* expected a file, got no such file"):
         run.load_state()
 
 
