@@ -157,7 +157,8 @@ class TrainConfig(ExperimentConfig):
     seed: int = 1
     """Which images are drawn, in which order they come, and all other random choices."""
     augment: bool = False
-    """Random crops and flips, as published; every image is then encoded anew in every epoch, without the cache."""
+    """Random crops and flips, as published, resized as by Pillow up to version 12; every image is then encoded anew in
+    every epoch, without the cache."""
     views: int = 0
     """With --augment: so many random views of every image are encoded once and cached, and every epoch takes one of
     them at random. 0: every epoch has crops of its own."""

@@ -29,8 +29,9 @@ def resized_crop(
 ) -> Tensor:
     """Cut a box out of every image, resize it to a square with antialiasing, flip it where asked, and normalise.
 
-    This is the random resized crop of image training, once the boxes are drawn. Resizing is that of Pillow and
-    torchvision: along each axis, columns first, a pixel of the result is a weighted mean of those of the box,
+    This is the random resized crop of image training, once the boxes are drawn. Resizing is that of torchvision, and of
+    Pillow up to version 12 (13 takes the rows of some boxes first): along each axis, columns first, a pixel of the
+    result is a weighted mean of those of the box,
 
         weight[i, j] ~ filter((j + 1/2 - (i + 1/2) s) / max(s, 1)),    s = length of the box / size
 
