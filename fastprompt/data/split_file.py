@@ -115,8 +115,10 @@ def _image_folder(root: Path, split_file: Path, first: str) -> Path:
     for folder in folders:
         if _is_file(split_file, folder / first):
             return folder
-    tried = listed(folders)
-    raise InputError(f"split file {split_file}: its first image {first} is in none of the folders tried ({tried})")
+    raise InputError(
+        f"image {first}: expected the first image of a split file in its folder or one below, got no such file in "
+        f"{listed([folder.name for folder in folders])} (split file {split_file})"
+    )
 
 
 def _is_file(split_file: Path, path: Path) -> bool:

@@ -10,14 +10,14 @@ from typing import Annotated, Any, get_args, get_type_hints
 import docstring_parser
 from tyro.conf import arg
 
-from fastprompt.experiment.config import BackboneConfig, ExperimentConfig, FeatureConfig, TrainConfig
+from fastprompt.experiment.config import BackboneConfig, ExperimentConfig, FeatureConfig, TextConfig, TrainConfig
 
 # Where a setting is looked for; what is in no group is an option of the method itself.
 GROUPS = {
     "data": ("data", "split_file", "keep_underscores", "classes", "shots", "sampler"),
     "method": (),
     "training": ("recipe", "seed", "epochs", "batch_size", "lr", "weight_decay", "augment", "views", "image_memory"),
-    "backbone": tuple(setting.name for setting in fields(BackboneConfig)),
+    "backbone": tuple(setting.name for config in (BackboneConfig, TextConfig) for setting in fields(config)),
     "features": tuple(setting.name for setting in fields(FeatureConfig)),
     "output": ("out", "zero_shot_template"),
 }

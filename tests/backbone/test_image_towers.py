@@ -165,7 +165,7 @@ def test_a_backbone_is_frozen_for_good(vit_backbone):
 
 
 def test_wrong_image_size_is_refused(vit_backbone):
-    with pytest.raises(InputError, match=r"expected shape \(B, 3, 32, 32\), got \(1, 3, 33, 32\)"):
+    with pytest.raises(InputError, match=r"expected a tensor \(B, 3, 32, 32\), got shape \(1, 3, 33, 32\)"):
         vit_backbone.encode_images(torch.zeros(1, 3, 33, 32))
 
 
@@ -176,7 +176,7 @@ def test_wrong_image_size_is_refused(vit_backbone):
         ("ViT-B-16", None, "needs weights: pass pretrained as a file or one of openai"),
         ("ViT-B-16", "nonsense", "'nonsense' is neither a file nor a tag of 'ViT-B-16'"),
         ("ViT-B-16", "openai", "trained with QuickGELU, .* pass 'ViT-B-16-quickgelu' instead"),
-        ("local-dir:nowhere", None, "could not be loaded: .*nowhere"),
+        ("local-dir:nowhere", None, "backbone folder nowhere: no such folder"),
         ("ViT-B-16", __file__, r"expected a .safetensors file, got .*test_image_towers.py"),
     ],
 )
@@ -188,7 +188,7 @@ def test_unknown_backbones_say_what_to_pass(name, pretrained, message):
 def test_precision_and_device_are_checked():
     with pytest.raises(InputError, match="expected one of fp64, fp32, bf16, fp16, got 'float'"):
         load_backbone("ViT-B-32", "random", precision="float")
-    with pytest.raises(InputError, match="device: expected a device of this machine"):
+    with pytest.raises(InputError, match=r"device: expected cpu.*, got 'toaster'"):
         load_backbone("ViT-B-32", "random", device="toaster")
 
 

@@ -129,7 +129,10 @@ CAT = ["cat/a.png", 0, "cat"]
         ({"train": [["../x.png", 0, "cat"]], "test": [CAT]}, "train[0]: expected a path within the data folder"),
         ({"train": [CAT], "test": [["cat/../../x.png", 0, "cat"]]}, "expected a path within the data folder"),
         ({"train": [CAT], "test": [["cat/\0.png", 0, "cat"]]}, "names 1 images that do not exist"),
-        ({"train": [["c\0at.png", 0, "cat"]], "test": [CAT]}, "its first image c\0at.png is in none of the folders"),
+        (
+            {"train": [["c\0at.png", 0, "cat"]], "test": [CAT]},
+            "image c\0at.png: expected the first image of a split file in its folder",
+        ),
         ({"train": [CAT], "test": [["x" * 300, 0, "cat"]]}, "(File name too long)"),
         (
             {"train": [CAT], "test": [["cat", 0, "cat"]]},
@@ -142,7 +145,8 @@ CAT = ["cat/a.png", 0, "cat"]
         ({"train": [["cat/a.png", -1, "cat"]], "test": [["cat/a.png", 0, "dog"]]}, "label -1 is out of range"),
         (
             {"train": [["lost/a.png", 0, "cat"]], "test": [CAT]},
-            "its first image lost/a.png is in none of the folders tried ({root}, {root}/annotations, {root}/photos)",
+            "image lost/a.png: expected the first image of a split file in its folder or one below, got no such file "
+            "in {folder}, annotations, photos",
         ),
         (
             {"train": [CAT], "test": [["cat/x.png", 0, "cat"], CAT, ["cat/y.png", 0, "cat"]]},
@@ -152,7 +156,9 @@ CAT = ["cat/a.png", 0, "cat"]
 )
 def test_bad_split_files_get_one_sentence(root, content, sentence):
     write(root, content)
-    sentence = sentence.replace("{file}", str(root / "split_zhou_Pets.json")).replace("{root}", str(root))
+    places = {"{file}": root / "split_zhou_Pets.json", "{root}": root, "{folder}": root.name}
+    for place, path in places.items():
+        sentence = sentence.replace(place, str(path))
     with pytest.raises(InputError, match=re.escape(sentence)) as caught:
         load_dataset(root)
     assert "\n" not in str(caught.value)

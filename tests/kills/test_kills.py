@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from open_clip.tokenizer import SimpleTokenizer
 
 from fastprompt.backbone import load_backbone
 from tests.exchange.conftest import save_dassl
@@ -27,10 +28,12 @@ class World:
         write_images(root / "photos" / "train", COLOURS, 3)
         write_images(root / "photos" / "test", COLOURS, 2, seed=1)
         backbone = load_backbone(f"local-dir:{model_folder}", device="cpu")
-        start = backbone.model.token_embedding.weight[49406].detach().half()
-        buffers = {"token_prefix": start.expand(4, 1, -1).clone(), "token_suffix": torch.zeros(4, 70, 48).half()}
+        prompts = [f"X X X X {name.replace('_', ' ')}." for name in sorted(COLOURS)]
+        tokens = SimpleTokenizer()(prompts, context_length=77)
+        embedded = backbone.model.token_embedding(tokens).detach().half()
+        buffers = {"token_prefix": embedded[:, :1], "token_suffix": embedded[:, 5:]}
         save_dassl(root / "checkpoint", {"ctx": torch.ones(4, 48)}, buffers)
-        (root / "names").write_text("\n".join(COLOURS))
+        (root / "names").write_text("\n".join(sorted(COLOURS)))
         model = ["--backbone", f"local-dir:{model_folder}"]
         cache = ["--cache-dir", "cache", "--image-batch", "4"]
         self.train = ["train", "coop", str(root / "photos"), *model, *cache, "--shots", "0", "--batch-size", "8"]

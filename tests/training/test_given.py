@@ -109,7 +109,10 @@ WRONG = {
     "pixels and labels": ((torch.zeros(2, 3, 32, 32), [0, 1]), "expected feature_source.*got a tuple of 2"),
     "items": (Pairs([(torch.zeros(3, 32, 32),)]), r"expected items \(image, label\), got a tuple of 1"),
     "strings": (Pairs([("cat.jpg", 0)]), r"images as tensors \(3, S, S\), got str: .*image_transform\(backbone\)"),
-    "size": (Pairs([(torch.zeros(3, 8, 8), 0)]), r"images: expected shape \(B, 3, 32, 32\), got \(1, 3, 8, 8\)"),
+    "size": (
+        Pairs([(torch.zeros(3, 8, 8), 0)]),
+        r"expected a tensor \(B, 3, 32, 32\), got shape \(1, 3, 8, 8\)",
+    ),
     "names": (Pairs([(torch.zeros(3, 32, 32), "cat")]), r"labels: expected integers \(n,\).*got .*cat"),
     "one-hot": (Pairs([(torch.zeros(3, 32, 32), torch.eye(3)[0])]), r"labels: expected integers .*got shape \(1, 3\)"),
     "empty": (Pairs([]), "training images: expected at least one image, got an empty Pairs"),
