@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import open_clip
 import torch
+from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from open_clip.pretrained import get_pretrained_cfg
 from open_clip.tokenizer import SimpleTokenizer
 from torch import nn
@@ -25,6 +27,8 @@ PRECISIONS = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat
 RANDOM = "random"
 DEMO = "demo"
 LOCAL = "local-dir:"
+HUB = "hf-hub:"
+REACHED = 5.0  # seconds within which a hub must answer
 
 
 def load_backbone(
@@ -53,7 +57,7 @@ def load_backbone(
 
     Raises:
         InputError: unknown name, tag, device or precision; an activation that does not fit the weights; a tower that
-            cannot be read.
+            cannot be read; weights that are not here, and their hub cannot be reached.
     """
     device = find_device(device)
     if precision not in (None, *PRECISIONS):
@@ -100,14 +104,15 @@ def _load_open_clip(name: str, pretrained: str | None, cache_dir: str | Path | N
     """The open_clip model in float32 on the CPU, and its configuration."""
     if name.startswith(LOCAL):
         _check_folder(Path(name.removeprefix(LOCAL)))
-    elif not name.startswith("hf-hub:"):
+    elif not name.startswith(HUB):
         _check_name(name, pretrained)
+    _check_reachable(name, pretrained, cache_dir)
     try:
         model = open_clip.create_model(
             name,
             None if pretrained == RANDOM else pretrained,
             cache_dir=None if cache_dir is None else str(cache_dir),
-            require_pretrained=name.startswith((LOCAL, "hf-hub:")),  # it would start from random weights without a word
+            require_pretrained=name.startswith((LOCAL, HUB)),  # it would start from random weights without a word
         )
         return model, open_clip.get_model_config(name) or {"name": name}
     except Exception as error:  # over a configuration of another shape open_clip stumbles in many ways
@@ -151,6 +156,37 @@ def _check_name(name: str, pretrained: str | None) -> None:
         raise InputError(
             f"weights {pretrained!r} were trained with {trained}, which {name!r} does not have: pass {other!r} instead"
         )
+
+
+def _check_reachable(name: str, pretrained: str | None, cache_dir: str | Path | None) -> None:
+    """Raise ``InputError`` if weights have to be downloaded and their hub does not answer.
+
+    A download would try again for a minute. Any answer will do here: what is wrong with it, the download says better.
+    """
+    if name.startswith(HUB):
+        repository, _, revision = name.removeprefix(HUB).partition("@")
+        file = ""
+    else:
+        tag = get_pretrained_cfg(name, pretrained) if pretrained else {}
+        repository, _, file = tag.get("hf_hub", "").rpartition("/")
+        revision = ""
+    if not repository:
+        return
+    file = file or HF_WEIGHTS_NAME
+    safe = HF_SAFE_WEIGHTS_NAME if file == HF_WEIGHTS_NAME else str(Path(file).with_suffix(".safetensors"))
+    for known in (safe, file):
+        kept = huggingface_hub.try_to_load_from_cache(repository, known, cache_dir, revision or None)
+        if isinstance(kept, str):
+            return
+    url = huggingface_hub.hf_hub_url(repository, safe, revision=revision or None)
+    try:
+        huggingface_hub.get_session().head(url, timeout=REACHED)
+    except Exception as error:  # of requests or of httpx, as the version of huggingface_hub has it
+        server = "/".join(url.split("/")[:3])
+        raise InputError(
+            f"weights of {repository!r}: expected {server} to answer, got {type(error).__name__}; without a network "
+            "pass --pretrained FILE.safetensors, or --weights-dir FOLDER that they were downloaded to"
+        ) from error
 
 
 def _preprocessing(model: nn.Module, name: str) -> dict[str, Any]:

@@ -56,6 +56,48 @@ def test_a_configuration_of_another_shape_is_refused(change, words, folder):
         load_backbone(f"local-dir:{folder}")
 
 
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that nobody reaches; gives the timeouts of the questions it was asked."""
+    asked = []
+
+    class Session:
+        def head(self, url, timeout):
+            asked.append((url, timeout))
+            raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(load.huggingface_hub, "get_session", Session)
+    monkeypatch.setattr(load.open_clip, "create_model", lambda *_, **__: pytest.fail("went on to download"))
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "repository"),
+    [
+        ("RN50-quickgelu", "openai", "timm/resnet50_clip.openai"),
+        ("ViT-B-32", "laion2b_s34b_b79k", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"),
+        ("hf-hub:org/model", None, "org/model"),
+    ],
+)
+def test_a_hub_that_does_not_answer_is_asked_once_and_named(name, pretrained, repository, hub, tmp_path):
+    words = rf"weights of '{repository}': expected https://\S+ to answer, got ConnectionError; .* FILE.safetensors"
+    with pytest.raises(InputError, match=words):
+        load_backbone(name, pretrained, device="cpu", cache_dir=tmp_path)
+    ((url, timeout),) = hub
+    assert f"/{repository}/resolve/main/" in url and 0 < timeout <= 5
+
+
+def test_weights_that_were_downloaded_need_no_hub(hub, tmp_path):
+    snapshot = tmp_path / "models--timm--resnet50_clip.openai"
+    (snapshot / "refs").mkdir(parents=True)
+    (snapshot / "refs" / "main").write_text("1" * 40)
+    (snapshot / "snapshots" / ("1" * 40)).mkdir(parents=True)
+    (snapshot / "snapshots" / ("1" * 40) / "open_clip_model.safetensors").write_bytes(b"")
+    with pytest.raises(pytest.fail.Exception, match="went on"):
+        load_backbone("RN50-quickgelu", "openai", device="cpu", cache_dir=tmp_path)
+    assert not hub
+
+
 def test_by_default_the_cpu_is_taken_where_there_is_nothing_else():
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     assert load.find_device(None).type == expected
