@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test torture bench lint format clean
+.PHONY: help demo test torture matrix bench lint format clean
 
 help:
 	@echo "make demo    train zero-shot, CoOp and GalLoP on the built-in scenes; writes runs/demo/report.html"
 	@echo "make test    run the test suite"
 	@echo "make torture run the tests that take minutes: many malformed inputs, many kills"
+	@echo "make matrix  install every supported pair of torch and Triton (6 GB each, an hour), and try it"
 	@echo "make bench   measure ours beside its peers; appends to benchmarks/results/"
 	@echo "make lint    check style; 'make format' repairs what can be repaired"
 
@@ -26,6 +27,9 @@ test: $(VENV)/installed
 
 torture: $(VENV)/installed
 	$(BIN)/python -m pytest -m torture
+
+matrix:
+	$(PYTHON) -m benchmarks.toolchains
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks topk_similarity

@@ -8,7 +8,6 @@ import sys
 from dataclasses import asdict, replace
 
 import pytest
-import torch
 import triton
 
 from benchmarks import kernel_configurations, kernel_table, results, triton_row_maximum
@@ -42,28 +41,15 @@ def check_instructions(row):
     assert float(row.per_element) <= BUDGET[row.k, row.keep, row.scales], row
 
 
-def telling(configuration):
-    """Few configurations: every kernel on every target, with all that it can have to do, and on sm_90 the counted."""
-    one, blocks = configuration, set(configuration.blocks)
-    if ("INDEX", 64) in blocks or one.scales > 1 or one.dtype == torch.float16:
-        return False
-    if one.kernel in ("sinkhorn_kernel", "resized_crop_kernel"):  # of float32 alone
-        return (("CHANGES", 1) in blocks and one.patches == 196) or {("LEVELS", 1), ("CUBIC", 1)} <= blocks
-    if one.kernel == "forward_kernel":
-        chosen = {(256, 8, True), (256, 16, False), (0, 8, True)} if one.target == "sm_90" else {(256, 16, True)}
-        return one.dtype == torch.bfloat16 and (one.patches, one.k, one.keep) in chosen
-    less = {("RANK", 0), ("PATCHES", 0), ("ALL", 0), ("BLOCK_S", 32), ("BLOCK_S", 64)}
-    keeps = one.keep or one.kernel != "statistics_kernel"
-    return one.dtype == torch.bfloat16 and one.patches == 0 and keeps and blocks.isdisjoint(less)
-
-
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """Rows of few configurations, compiled by the Triton that is installed."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     chosen = [
-        str(i) for i, configuration in enumerate(kernel_configurations.configurations()) if telling(configuration)
+        str(i)
+        for i, configuration in enumerate(kernel_configurations.configurations())
+        if kernel_configurations.telling(configuration)
     ]
     command = [sys.executable, "-m", "benchmarks.kernel_resources", *chosen]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -100,7 +86,9 @@ def test_the_rows_of_the_table_are_those_of_present_kernels_and_hold_all_telling
     assert len(table) == len(found)
     old = found - {kernel_configurations.key(one, version) for one in everything}
     assert not old, f"run `python -m benchmarks kernel_resources`: {len(old)} rows belong to no present kernel"
-    assert {kernel_configurations.key(one, version) for one in everything if telling(one)} <= found
+    assert {
+        kernel_configurations.key(one, version) for one in everything if kernel_configurations.telling(one)
+    } <= found
     check(table)
 
 
