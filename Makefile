@@ -22,11 +22,12 @@ $(VENV)/installed: pyproject.toml setup.cfg
 demo: $(VENV)/installed
 	$(BIN)/fastprompt demo --out runs/demo
 
+# A process a core, of one thread each: the interpreter of Triton, which takes most of the time, has no use for more.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 torture: $(VENV)/installed
-	$(BIN)/python -m pytest -m torture
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m torture
 
 matrix:
 	$(PYTHON) -m benchmarks.toolchains
