@@ -21,7 +21,8 @@ from fastprompt.errors import InputError
 class Backbone(nn.Module):
     """A frozen open_clip model, in evaluation mode for good, read the way prompt learners need it.
 
-    Made by ``load_backbone``.
+    Made by ``load_backbone``. Its weights must not be changed, least of all through ``.data``, which nobody notices:
+    constants of class names, frozen text and the fingerprint are kept as they were.
 
     Attributes:
         name: architecture name, as given.

@@ -70,7 +70,7 @@ class ClassTokens:
             if other != index:
                 repeated.append(f"{other} and {index} are both {names[0]!r}")
         if repeated:
-            logger.warning("classes %s: a context that they share cannot tell them apart", ", ".join(repeated[:3]))
+            _warn_once(f"classes {', '.join(repeated[:3])}: a context that they share cannot tell them apart")
 
     def check_fits(self, tokens_before: int, context_length: int) -> None:
         """Raise ``InputError`` that names the longest class if it does not fit behind that many tokens."""
@@ -81,6 +81,11 @@ class ClassTokens:
                 f"class name {self.class_names[longest]!r} is too long: its {self.lengths[longest]} tokens behind "
                 f"{tokens_before} tokens of start and context make {needed}, and the text tower reads {context_length}"
             )
+
+
+@lru_cache(maxsize=32)  # a run makes its learner several times: for training, and for what comes behind it
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
 def check_class_names(class_names: Sequence[str]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +32,12 @@ class ImageFeatures:
     def to(self, device: torch.device | str) -> ImageFeatures:
         """The same features on another device; see ``queue_copy``."""
         return replace(self, pooled=queue_copy(self.pooled, device), patches=queue_copy(self.patches, device))
+
+
+def join_features(parts: Sequence[ImageFeatures]) -> ImageFeatures:
+    """The images of several batches of one backbone, one behind the other; at least one batch."""
+    pooled, patches = torch.cat([part.pooled for part in parts]), torch.cat([part.patches for part in parts])
+    return replace(parts[0], pooled=pooled, patches=patches)
 
 
 def queue_copy(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -152,7 +152,7 @@ def _view_source(
         )
         views.append(features)
     plain = partial(feature_source, images, backbone, config, progress=progress, what="training images")
-    return ViewSource(views, images.labels, plain)
+    return ViewSource(views, images.labels, plain, backbone.fingerprint)
 
 
 def _crop_view(images: DecodedImages, view: int, backbone: Backbone) -> Tensor:

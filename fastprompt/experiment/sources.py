@@ -87,7 +87,7 @@ def feature_source(
     cache = FeatureCache(config.cache_dir or default_cache_dir(), key)
     options = {"batch_size": config.image_batch, "progress": progress, "what": what}
     rows = cache.load(images.paths, encoder(backbone), read, **options)
-    return CachedSource(rows, images.labels)
+    return CachedSource(rows, images.labels, backbone.fingerprint)
 
 
 def split_of(dataset: Dataset, split: str) -> LabelledImages:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
-from fastprompt.backbone.features import ImageFeatures
+from fastprompt.backbone.features import ImageFeatures, join_features
 from fastprompt.errors import InputError
 from fastprompt.progress import progress_bar, say_line
 from fastprompt.training.sources import CachedSource, FeatureSource, class_indices
@@ -63,12 +63,11 @@ def _encoded(loader: DataLoader, learner: Learner, what: str, progress: bool) ->
     features, labels = [], []
     for pixels, of_pixels in _batches(loader, what, progress):
         encoded = learner.backbone.encode_images(pixels)
-        features.append(ImageFeatures(encoded.pooled.cpu(), encoded.patches.cpu()))
+        features.append(encoded.to("cpu"))
         labels.append(of_pixels)
     if not features:
         raise InputError(f"{what}: expected at least one image, got an empty {_kind(loader.dataset)}")
-    whole = ImageFeatures(*(torch.cat([getattr(part, name) for part in features]) for name in ("pooled", "patches")))
-    return CachedSource(whole, torch.cat(labels))
+    return CachedSource(join_features(features), torch.cat(labels))
 
 
 def _batches(loader: DataLoader, what: str, progress: bool) -> Iterator[tuple[Tensor, Tensor]]:

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastprompt.backbone.features import ImageFeatures
+from fastprompt.backbone.features import ImageFeatures, join_features
 from fastprompt.errors import InputError
 
 PLAIN_BATCH = 256  # cached images that are read at once
@@ -83,18 +83,21 @@ class CachedSource:
     Args:
         features: One row an image: features in memory, or for instance the data room's cached features.
         labels: (n,) class indices in the order of the rows.
+        fingerprint: Of the backbone that made rows of a cache, which do not say it; see `ImageFeatures`.
 
     Raises:
         InputError: Neither kind of features, labels that are no integers, or not as many labels as rows.
     """
 
-    def __init__(self, features: ImageFeatures | FeatureRows, labels: Sequence[int] | Tensor) -> None:
+    def __init__(
+        self, features: ImageFeatures | FeatureRows, labels: Sequence[int] | Tensor, fingerprint: str | None = None
+    ) -> None:
         if not isinstance(features, ImageFeatures) and not hasattr(features, "rows"):
             raise InputError(
                 "features: expected ImageFeatures(pooled (n, D), patches (n, P, W)), as backbone.encode_images makes "
                 f"them, or rows of a feature cache, got {type(features).__name__}"
             )
-        self.features = features
+        self.features, self.fingerprint = features, fingerprint
         self.labels = class_indices(labels)
         if len(features) != len(self.labels):
             raise InputError(f"labels must be as many as the {len(features)} cached images, not {len(self.labels)}")
@@ -116,7 +119,7 @@ class CachedSource:
         if isinstance(self.features, ImageFeatures):
             return self.features[indices]
         rows = self.features.rows(indices)
-        return ImageFeatures(rows["pooled"], rows["patches"])
+        return ImageFeatures(rows["pooled"], rows["patches"], self.fingerprint)
 
     def plain_batches(self) -> Iterator[tuple[ImageFeatures, Tensor]]:
         """Features and labels of all images once, in order."""
@@ -131,6 +134,7 @@ class ViewSource:
         views: One row an image each, in the same order.
         labels: (n,) class indices in the order of the rows.
         plain: Gives the images without random transforms, for `plain_batches`; called only where those are asked for.
+        fingerprint: Of the backbone that made the views.
 
     Raises:
         InputError: There is no view, or not as many labels as rows.
@@ -141,10 +145,11 @@ class ViewSource:
         views: Sequence[FeatureRows],
         labels: Sequence[int] | Tensor,
         plain: Callable[[], FeatureSource],
+        fingerprint: str | None = None,
     ) -> None:
         if not views:
             raise InputError("views: expected at least one view of every image, got none")
-        self.views = [CachedSource(view, labels) for view in views]
+        self.views = [CachedSource(view, labels, fingerprint) for view in views]
         self.labels = self.views[0].labels
         self.plain = plain
 
@@ -164,7 +169,7 @@ class ViewSource:
         by_view = drawn.argsort(stable=True)
         parts = [view.batch(indices[drawn == number]) for number, view in enumerate(self.views)]
         place = by_view.argsort()  # of every image among the parts
-        return ImageFeatures(*(torch.cat([getattr(p, n) for p in parts])[place] for n in ("pooled", "patches")))
+        return join_features(parts)[place]
 
     def plain_batches(self) -> Iterator[tuple[ImageFeatures, Tensor]]:
         """Features and labels of all images once, in order and without a random view."""
@@ -214,9 +219,7 @@ class ImageSource:
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> ImageFeatures:
         """Features of the images at `indices` (b,), transformed anew with random numbers from `generator`."""
         encoded = [self._encode(self.read, some, generator) for some in indices.split(self.at_once)]
-        return ImageFeatures(
-            torch.cat([features.pooled for features in encoded]), torch.cat([features.patches for features in encoded])
-        )
+        return join_features(encoded)
 
     def plain_batches(self) -> Iterator[tuple[ImageFeatures, Tensor]]:
         """Features and labels of all images once, in order, read by `read_plain`."""

@@ -106,6 +106,21 @@ def test_view_source_refuses_what_it_cannot_do(toy):
         ViewSource([rows], [0, 1, 2], toy.source)
 
 
+def test_features_of_every_source_say_which_backbone_made_them(toy, images):
+    made = ImageFeatures(torch.ones(10, 3), torch.ones(10, 2, 3), "abc")
+    rows, indices = toy.source(n=10).features, torch.tensor([5, 0, 3])
+    images.backbone.encode_images = lambda pixels: made[: len(pixels)]
+    images.at_once = 2
+    for source in (
+        CachedSource(made, range(10)),
+        CachedSource(rows, range(10), "abc"),
+        ViewSource([rows, rows], range(10), toy.source, "abc"),
+        images,
+    ):
+        features = source.batch(indices, torch.Generator())
+        assert len(features) == 3 and features.fingerprint == "abc"
+
+
 def test_labels_must_match(toy):
     with pytest.raises(InputError, match="as many as the 10 cached images, not 3"):
         CachedSource(toy.source(n=10).features, [0, 1, 2])
