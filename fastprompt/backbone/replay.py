@@ -76,7 +76,14 @@ class Replays:
     def __reduce__(self) -> tuple:
         return Replays, ()  # copies and pickles start anew
 
-    def encode(self, encode: Pass, inputs: Sequence[Tensor], constants: object, weights: Iterable[Tensor]) -> Tensor:
+    def encode(
+        self,
+        encode: Pass,
+        inputs: Sequence[Tensor],
+        constants: object,
+        weights: Iterable[Tensor],
+        attention: Hashable,
+    ) -> Tensor:
         """``encode(*inputs)``, differentiable once; on a GPU with gradients replayed from the third pass on that is
         alike.
 
@@ -85,6 +92,7 @@ class Replays:
             inputs: of the pass.
             constants: what else it reads, kept alive by it; passes are alike if this is the same object.
             weights: of the tower, which may be moved, to another precision for instance.
+            attention: the implementation it attends by, which benchmarks exchange.
         """
         stream = Recorder.stream(inputs[0].device)
         if stream is None or not torch.is_grad_enabled() or not any(map(_learned, inputs)) or _saved_elsewhere():
@@ -94,7 +102,7 @@ class Replays:
             return encode(*inputs)
         addresses = tuple(weight.data_ptr() for weight in weights)
         # By its number, which is nobody else's while a recording keeps it: what is merely counted is not kept.
-        key = id(constants), stream, addresses, *((x.shape, x.dtype, _learned(x)) for x in inputs)
+        key = id(constants), stream, addresses, attention, *((x.shape, x.dtype, _learned(x)) for x in inputs)
         with self._lock:
             recording = self._recording(encode, inputs, constants, key)
         return encode(*inputs) if recording is None else _Replayed.apply(recording, encode, *inputs)

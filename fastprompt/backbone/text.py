@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastprompt.backbone import shared_prefix
 from fastprompt.backbone.blocks import check_block, close_block, split_heads
 from fastprompt.backbone.class_tokens import ClassTokens
 from fastprompt.backbone.features import queue_copy
@@ -124,7 +125,7 @@ class TextTower:
         behind = partial(self._encode_behind, constants=constants, sparing=sparing)
         if not replay or not self.constants.has_room(constants):
             return behind(context, after)
-        return self.replays.encode(behind, (context, after), constants, self._weights())
+        return self.replays.encode(behind, (context, after), constants, self._weights(), shared_prefix.prefix_attention)
 
     def _encode_behind(self, context: Tensor, after: Tensor, constants: NameConstants, sparing: bool) -> Tensor:
         return self._project(encode_shared_prefix(self, context, after, constants, sparing))

@@ -207,6 +207,21 @@ def test_weights_that_were_moved_are_recorded_anew(backbone):
     assert len(backbone.passes) == 1
 
 
+def test_another_attention_is_another_kind_of_pass(backbone, monkeypatch):
+    """Else a benchmark of it would time the replays of ours."""
+    record(backbone)
+    with monkeypatch.context() as other:
+        called, usual = [], shared_prefix.prefix_attention
+        other.setattr(
+            shared_prefix, "prefix_attention", lambda *args, **kwargs: called.append(1) or usual(*args, **kwargs)
+        )
+        step(backbone, 7)
+        assert called and backbone.passes
+    backbone.passes.clear()
+    step(backbone, 8)
+    assert not backbone.passes
+
+
 def test_what_cannot_be_recorded_is_launched_as_before(backbone, monkeypatch, caplog):
     monkeypatch.setattr(backbone._text.final_norm, "forward", lambda x: x * float(x.abs().max().item() > 0))
     with caplog.at_level("WARNING"):
