@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastprompt_kernels import onnx_decompositions
 from torch import Tensor, nn
 
 from fastprompt.backbone import Backbone
@@ -110,7 +111,7 @@ def onnx_bytes(learner: Learner) -> bytes:
     batch = torch.export.Dim("batch", min=1)
     with torch.no_grad():
         program = torch.export.export(_Classifier(learner, images), (images,), dynamic_shapes=({0: batch},))
-        program = program.run_decompositions(PLAIN)
+        program = program.run_decompositions(onnx_decompositions())
         written = torch.onnx.export(
             program, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
         )
@@ -138,22 +139,6 @@ class _Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.learner(self.backbone.encode_images(images)).logits
-
-
-def _plain_topk_similarity(
-    patches: Tensor, prompts: Tensor, k: list[int], keep: bool, impl: str
-) -> tuple[Tensor, Tensor]:
-    """The operator of that name in operations that ONNX has."""
-    scores = torch.einsum("bpd,ncd->bncp", patches.float(), prompts.float())
-    scales = [k[start : start + len(k) // len(prompts)] for start in range(0, len(k), len(k) // len(prompts))]
-    pooled = [
-        torch.stack([scores[:, n].topk(scale).values.mean(dim=-1) for scale in of_prompt]).mean(dim=0)
-        for n, of_prompt in enumerate(scales)
-    ]
-    return torch.stack(pooled, dim=1), patches.new_empty(0)
-
-
-PLAIN = {torch.ops.fastprompt.topk_similarity.default: _plain_topk_similarity}
 
 
 def _described(learner: Learner) -> dict[str, Any]:

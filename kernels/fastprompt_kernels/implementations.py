@@ -1,6 +1,7 @@
 """Which implementation of an operation runs, and on inputs of which dtype."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from importlib.util import find_spec
 
@@ -69,6 +70,19 @@ def on_its_device(kernel: Callable) -> Callable:
 def cast_by_autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
     """The inputs in autocast's dtype where autocast is on; it leaves float64 alone, as everywhere in torch."""
     device = inputs[0].device.type
-    if not torch.is_autocast_enabled(device) or inputs[0].dtype == torch.float64:
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device) or inputs[0].dtype == torch.float64:
         return inputs
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in inputs)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A context in which products keep the dtype of their operands, whether autocast is on or not."""
+    return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else nullcontext()
+
+
+def _has_autocast(device: str) -> bool:
+    """Whether torch can be asked about autocast there: the meta device has none, and raises.
+
+    Torch's own question, is_autocast_available, cannot be compiled by torch 2.11.
+    """
+    return device != "meta"

@@ -1,5 +1,6 @@
 """topk_similarity inside torch: operator checks, compile, export, autocast, lazy imports."""
 
+import ast
 import json
 import os
 import subprocess
@@ -130,6 +131,36 @@ def test_autocast_leaves_float64_alone():
     expected = topk_similarity(patches, prompts, 3)
     with torch.autocast(DEVICE, torch.bfloat16):
         assert torch.equal(topk_similarity(patches, prompts, 3), expected)
+
+
+WITHOUT_THE_REST = """
+import sys
+sys.modules |= dict.fromkeys(("open_clip", "fastprompt", "torchvision", "timm", "PIL", "triton"))  # not to be imported
+import torch, fastprompt_kernels as kernels
+patches, prompts, tokens = torch.ones(1, 4, 8), torch.ones(1, 2, 8), torch.ones(1, 6, 3, 2, 4)
+pixels, places, boxes = torch.ones(48, dtype=torch.uint8), torch.tensor([[0, 4, 4]]), torch.tensor([[0, 0, 4, 4]])
+results = {
+    "topk_similarity": kernels.topk_similarity(patches, prompts, 2, impl="reference"),
+    "patch_statistics": kernels.patch_statistics(patches, prompts[0], impl="reference").maximum,
+    "prefix_attention": kernels.prefix_attention(tokens, torch.zeros(1, 4, dtype=torch.int32), impl="reference"),
+    "sinkhorn": kernels.sinkhorn(torch.ones(1, 2, 4), impl="reference"),
+    "sinkhorn_changes": kernels.sinkhorn_changes(torch.ones(1, 2, 4), iterations=3, impl="reference").amin(),
+    "resized_crop": kernels.resized_crop(pixels, places, boxes, 2, impl="reference"),
+}
+print({name: result.unique().tolist() for name, result in results.items()})
+"""
+
+
+def test_every_reference_runs_where_there_is_nothing_but_torch():
+    process = subprocess.run([sys.executable, "-c", WITHOUT_THE_REST], capture_output=True, text=True, check=True)
+    assert ast.literal_eval(process.stdout) == {
+        "topk_similarity": [8.0],
+        "patch_statistics": [8.0],
+        "prefix_attention": [1.0],
+        "sinkhorn": [1 / 8],
+        "sinkhorn_changes": [0.0],
+        "resized_crop": [torch.tensor(1 / 255).item()],
+    }
 
 
 ON_ITS_OWN = """

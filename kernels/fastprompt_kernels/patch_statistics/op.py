@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..implementations import cast_by_autocast, on_its_device, runs_triton
+from ..implementations import cast_by_autocast, on_its_device, runs_triton, without_autocast
 from . import blocked, reference
 
 
@@ -19,7 +19,7 @@ def patch_statistics(
     """Validated arguments in, statistics out; inputs are cast to autocast's dtype where autocast is on."""
     patches, prompts = cast_by_autocast(patches, prompts)
     # The products inside must stay in the accumulator's precision.
-    with torch.autocast(patches.device.type, enabled=False):
+    with without_autocast(patches.device):
         if impl == "reference":
             maximum, logsumexp, of_classes, rank = reference.patch_statistics(patches, prompts, scale, labels)
             return maximum, logsumexp, of_classes if entropy else None, rank
@@ -63,7 +63,7 @@ def _grad(
     grads: list[Tensor], patches: Tensor, prompts: Tensor, logsumexp: Tensor, entropy: Tensor, largest: Tensor,
     kept: Tensor, scale: float, wanted: list[bool], impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    with torch.autocast(patches.device.type, enabled=False):
+    with without_autocast(patches.device):
         module = _implementation(impl, patches)
         return module.backward(grads, patches, prompts, logsumexp, entropy, largest, kept, scale, wanted)
 

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..implementations import cast_by_autocast, on_its_device, runs_triton
+from ..implementations import cast_by_autocast, on_its_device, runs_triton, without_autocast
 from . import blocked, reference, sdpa, xformers
 
 # The most tokens of a prefix, slots of a row and elements of a head that the tiles of the Triton kernels hold.
@@ -23,7 +23,7 @@ def prefix_attention(
     tokens, *rest = cast_by_autocast(tokens, *([] if queries is None else [queries]))
     queries = rest[0] if rest else None
     # The products inside must stay in the accumulator's precision.
-    with torch.autocast(tokens.device.type, enabled=False):
+    with without_autocast(tokens.device):
         if impl in COMPOSED:
             return COMPOSED[impl].prefix_attention(tokens, queries, sequence, slots)
         return _PrefixAttention.apply(tokens, queries, sequence, slots, impl)
@@ -46,7 +46,7 @@ def _(tokens: Tensor, queries: Tensor | None, sequence: Tensor, slots: Tensor | 
 def _grad(
     grad: Tensor, tokens: Tensor, queries: Tensor | None, sequence: Tensor, slots: Tensor | None, impl: str
 ) -> tuple[Tensor, Tensor]:
-    with torch.autocast(tokens.device.type, enabled=False):
+    with without_autocast(tokens.device):
         return _implementation(impl, tokens, sequence).backward(grad, tokens, queries, sequence, slots)
 
 

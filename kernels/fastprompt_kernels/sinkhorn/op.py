@@ -5,7 +5,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..implementations import on_its_device, runs_triton
+from ..implementations import on_its_device, runs_triton, without_autocast
 from . import blocked, reference
 
 # As many elements of a problem, each axis rounded up to a power of two, are 32 in each thread. With 64 it spills.
@@ -14,13 +14,13 @@ MOST_ELEMENTS = 4096
 
 def sinkhorn(cost: Tensor, eps: float, iterations: int, tolerance: float | None, impl: str) -> Tensor:
     """Validated arguments in, plans out."""
-    with torch.autocast(cost.device.type, enabled=False):
+    with without_autocast(cost.device):
         return _plan(cost.detach(), eps, iterations, tolerance, impl)
 
 
 def sinkhorn_changes(cost: Tensor, eps: float, iterations: int, impl: str) -> Tensor:
     """Validated arguments in, changes out."""
-    with torch.autocast(cost.device.type, enabled=False):
+    with without_autocast(cost.device):
         return _changes(cost.detach(), eps, iterations, impl)
 
 

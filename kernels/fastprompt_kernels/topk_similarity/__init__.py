@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from math import lcm
 from operator import index
 
-import torch
 from torch import Tensor
 
 from ..arguments import check_features
 from ..implementations import check_name
 from . import op, reference
+from .onnx import onnx_decompositions
 
-__all__ = ["selected_patches", "topk_similarity"]
+__all__ = ["onnx_decompositions", "selected_patches", "topk_similarity"]
 
 IMPLEMENTATIONS = ("auto", "reference", "dense", "blocked", "triton")
 K = int | Sequence[int] | Sequence[Sequence[int]]
@@ -68,8 +68,8 @@ def selected_patches(patches: Tensor, prompts: Tensor, k: K) -> Tensor:
     Returns:
         (B, N, C, P) bool.
     """
-    with torch.no_grad():
-        return reference.selected_patches(patches, prompts, _checked(patches, prompts, k))
+    scales = _checked(patches, prompts, k)
+    return reference.selected_patches(patches.detach(), prompts.detach(), scales)
 
 
 def _checked(patches: Tensor, prompts: Tensor, k: K) -> list[list[int]]:

@@ -1,16 +1,16 @@
-"""Registration of topk_similarity with torch: schema, fake, autograd and autocast.
+"""Registration of topk_similarity with torch: schema, fake, autograd, vmap and autocast.
 
 The operator of each implementation is opaque to torch.compile and torch.export. The schema knows no nested lists, so k
 travels flat: the S scales of the first prompt, then those of the second.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ..implementations import cast_by_autocast, on_its_device, runs_triton
+from ..implementations import cast_by_autocast, on_its_device, runs_triton, without_autocast
 from . import blocked, dense, reference
 
 # The longest sorted run of the Triton kernels. One of 128 does not fit the registers of sm_90.
@@ -25,7 +25,7 @@ def topk_similarity(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]]
     """Validated arguments in, (B, N, C) out; inputs are cast to autocast's dtype where autocast is on."""
     patches, prompts = cast_by_autocast(patches, prompts)
     # The products inside must stay in the accumulator's precision.
-    with torch.autocast(patches.device.type, enabled=False):
+    with without_autocast(patches.device):
         if impl == "reference":
             return reference.topk_similarity(patches, prompts, k)
         # What only the backward pass needs is not written where there will be none.
@@ -37,13 +37,13 @@ def topk_similarity(patches: Tensor, prompts: Tensor, k: Sequence[Sequence[int]]
 @torch.library.custom_op("fastprompt::topk_similarity", mutates_args=())
 @on_its_device
 def _forward(patches: Tensor, prompts: Tensor, k: list[int], keep: bool, impl: str) -> tuple[Tensor, Tensor]:
-    return _implementation(impl, patches, k).forward(patches, prompts, _nested(k, len(prompts)), keep)
+    return _implementation(impl, patches, k).forward(patches, prompts, nested(k, len(prompts)), keep)
 
 
 @_forward.register_fake
 def _(patches: Tensor, prompts: Tensor, k: list[int], keep: bool, impl: str) -> tuple[Tensor, Tensor]:
     (B, P, _), (N, C, _) = patches.shape, prompts.shape
-    size, kind = _implementation(impl, patches, k).saved_size(B, P, C, _nested(k, N))
+    size, kind = _implementation(impl, patches, k).saved_size(B, P, C, nested(k, N))
     dtype = torch.promote_types(patches.dtype, torch.float32)
     return patches.new_empty(B, N, C, dtype=dtype), patches.new_empty(size if keep else 0, dtype=kind)
 
@@ -53,12 +53,22 @@ def _(patches: Tensor, prompts: Tensor, k: list[int], keep: bool, impl: str) -> 
 def _grad(
     grad: Tensor, patches: Tensor | None, prompts: Tensor | None, selected: Tensor, k: list[int], P: int, impl: str
 ) -> tuple[Tensor, Tensor]:
-    with torch.autocast(grad.device.type, enabled=False):
+    with without_autocast(grad.device):
         like = prompts if patches is None else patches
         _, N, C = grad.shape
         if impl == "auto" and like.device.type == "cpu":
             impl = "dense" if N * C <= FEW_ROWS or sum(k) > DENSE_SHARE * len(k) * P else "blocked"
-        return _implementation(impl, like, k).backward(grad, patches, prompts, selected, _nested(k, N), P)
+        return _implementation(impl, like, k).backward(grad, patches, prompts, selected, nested(k, N), P)
+
+
+@_forward.register_vmap
+def _(info, dims, *args) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:  # noqa: ANN001, ANN002
+    return one_by_one(_forward, info.batch_size, dims, args)
+
+
+@_grad.register_vmap
+def _(info, dims, *args) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:  # noqa: ANN001, ANN002
+    return one_by_one(_grad, info.batch_size, dims, args)
 
 
 @_grad.register_fake
@@ -72,6 +82,8 @@ def _(
 
 class _TopkSimilarity(torch.autograd.Function):
     """The operator with its gradient. Not registered with the operator: torch.func.grad could not pass then."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(patches: Tensor, prompts: Tensor, k: list[int], keep: bool, impl: str) -> tuple[Tensor, Tensor]:
@@ -94,6 +106,8 @@ class _TopkSimilarity(torch.autograd.Function):
 
 class _Gradients(torch.autograd.Function):
     """Those gradients of the operator that are asked for: a gradient needs the other input, which is None if not."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -127,7 +141,22 @@ def _implementation(impl: str, like: Tensor, k: list[int]) -> ModuleType:
     return dense if impl == "dense" or like.device.type != "cpu" else blocked
 
 
-def _nested(k: list[int], N: int) -> list[list[int]]:
+def nested(k: list[int], N: int) -> list[list[int]]:
     """The scales of each of N prompts."""
     S = len(k) // N
     return [k[n * S : (n + 1) * S] for n in range(N)]
+
+
+def one_by_one(
+    run: Callable, size: int, dims: Sequence[int | None], args: Sequence
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The rule of torch.vmap for an operator that has several results: its calls one after another, stacked.
+
+    Each implementation lays out what the forward pass keeps as it needs it, so the axis is not folded into another.
+    """
+    calls = [
+        run(*(arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in zip(args, dims, strict=True)))
+        for i in range(size)
+    ]
+    results = tuple(torch.stack(same) for same in zip(*calls, strict=True))
+    return results, (0,) * len(results)
