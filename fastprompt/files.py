@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ except ImportError:  # Windows has no flock: there, nothing is locked
 
 LOCK = ".fastprompt-lock"  # in a folder that a process writes into
 TEMPORARY = ".fastprompt-tmp"  # how the names of unfinished files end
+MOST_TRIES = 1000  # to lock a folder that others make and remove meanwhile
 # What file systems say that do not know an operation.
 _UNKNOWN = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
@@ -145,22 +147,35 @@ def sweep(folder: Path) -> None:
 
 def _take(folder: Path, wait: bool, made: list[Path]) -> IO[str]:
     """The lock file, held as long as it is open; folders that had to be made, deepest first, go to ``made``."""
-    while True:
+    for tries_left in reversed(range(MOST_TRIES)):
         made[:] = [place for place in (folder, *folder.parents) if not place.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if fcntl is None:
+                return io.StringIO()  # no lock file, either: Windows removes none that is open
             lock = (folder / LOCK).open("a+")
-        except FileNotFoundError:  # the folder was removed meanwhile, as an empty one is
+        except (FileNotFoundError, FileExistsError):  # the folder was removed meanwhile, as an empty one is
+            if not tries_left:
+                raise
             continue
         try:
             _flock(lock, folder, wait)
-            if (folder / LOCK).exists() and os.path.samestat(os.fstat(lock.fileno()), (folder / LOCK).stat()):
+            if _is_file(lock, folder / LOCK):
                 _sign(lock)
                 return lock
         except BaseException:
             lock.close()
             raise
         lock.close()  # of a file that its holder removed meanwhile
+    raise TimeoutError(errno.ETIMEDOUT, "other processes take and leave it all the time", str(folder))
+
+
+def _is_file(opened: IO[str], file: Path) -> bool:
+    """Whether an open file is still the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(opened.fileno()), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _sign(lock: IO[str]) -> None:
@@ -176,8 +191,6 @@ def _sign(lock: IO[str]) -> None:
 
 
 def _flock(lock: IO[str], folder: Path, wait: bool) -> None:
-    if fcntl is None:
-        return
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -202,6 +202,25 @@ def test_many_processes_hold_the_lock_one_after_another(tmp_path):
     assert (folder / "counter").read_text() == "60" and names(folder) == ["counter"]
 
 
+def test_a_folder_that_others_make_and_remove_at_the_same_time_is_locked(tmp_path):
+    """An empty folder goes with its lock, between any two of the steps in which another process takes it."""
+    take = (
+        "import sys; from pathlib import Path; from fastprompt.files import locked\n"
+        "for _ in range(500):\n"
+        "    with locked(Path(sys.argv[1]), wait=True): pass\n"
+    )
+    command = [sys.executable, "-c", take, str(tmp_path / "runs" / "run")]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in "123"]
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], said
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file: cannot be written \(File exists\)"), locked(tmp_path / "file"):
+        pass
+
+
 def test_a_file_system_without_locks_is_said_once_and_used(tmp_path, monkeypatch, caplog):
     def unknown(*_):
         raise OSError(38, "Function not implemented")
@@ -210,6 +229,24 @@ def test_a_file_system_without_locks_is_said_once_and_used(tmp_path, monkeypatch
     with locked(tmp_path / "run"):
         write_file(tmp_path / "run" / "a", "x")
     assert caplog.text.count("cannot be locked (Function not implemented)") == 1 and names(tmp_path / "run") == ["a"]
+
+
+def test_where_nothing_can_be_locked_no_open_file_is_removed(tmp_path, monkeypatch):
+    unlink = Path.unlink
+
+    def as_windows_does(self, missing_ok=False):
+        if any(os.path.realpath(opened) == str(self) for opened in list(Path("/proc/self/fd").iterdir())):
+            raise PermissionError(13, "used by another process", str(self))
+        unlink(self, missing_ok=missing_ok)
+
+    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(Path, "unlink", as_windows_does)
+    with locked(tmp_path / "run"):
+        write_file(tmp_path / "run" / "a", "x")
+    assert names(tmp_path) == ["run", "run/a"]
+    with locked(tmp_path / "empty"):
+        pass
+    assert names(tmp_path) == ["run", "run/a"]
 
 
 def test_a_lock_of_the_same_process_is_refused_too(tmp_path):
