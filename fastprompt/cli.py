@@ -14,6 +14,7 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from fastprompt.console import drop_output, escape_output, explained, parsed, quiet_others, terminable
+from fastprompt.errors import printable
 from fastprompt.exchange.config import ExportConfig, ImportConfig, WordsConfig
 from fastprompt.experiment.config import (
     EvaluateConfig,
@@ -234,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output, such as head, has seen enough
         drop_output()
     except KeyboardInterrupt as interrupted:  # of training, it says where the work stands
-        print(f"fastprompt: {str(interrupted) or 'interrupted'}", file=sys.stderr)
+        print(f"fastprompt: {printable(str(interrupted)) or 'interrupted'}", file=sys.stderr)
         return 128 + getattr(interrupted, "signal", signal.SIGINT)
     except Exception as error:
         if (line := explained(error)) is None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TypeVar
 
-from fastprompt.errors import LONGEST, InputError, sentence
+from fastprompt.errors import LONGEST, InputError, printable, sentence
 
 PREFIX = "fastprompt: error: "
 T = TypeVar("T")
@@ -86,7 +86,7 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.name.split(".")[0] == "fastprompt":
-            print(self.format(record), file=sys.stderr)
+            print(printable(self.format(record)), file=sys.stderr)
         else:
             self.held.append(self.format(record))
 

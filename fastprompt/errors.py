@@ -17,15 +17,19 @@ class InputError(ValueError):
 def sentence(error: BaseException, longest: int = LONGEST) -> str:
     """Put an error into one printable line of at most ``longest`` characters.
 
-    Control characters are escaped, so that a file's name cannot steer a terminal. What is too long loses its middle:
-    the beginning says which argument or file it is, the end what is wrong with it.
+    What is too long loses its middle: the beginning says which argument or file it is, the end what is wrong with it.
     """
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in " ".join(text.split()))
+    text = printable(text)
     half = (longest - 5) // 2
     return text if len(text) <= longest else f"{text[:half]} ... {text[-half:]}"
+
+
+def printable(text: str) -> str:
+    """Put text into one line whose control characters are escaped, so that a file's name cannot steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in " ".join(text.split()))
 
 
 def listed(names: Collection[object], most: int = 8) -> str:

@@ -89,6 +89,19 @@ def test_arguments_that_tyro_refuses_are_one_line(arguments, said, capsys):
     assert printed.count("\n") == 1
 
 
+def test_warnings_of_ours_and_interruptions_are_one_line_without_control_characters(doing, capsys):
+    def action():
+        logging.getLogger("fastprompt.files").warning("%s: waiting", "a\x1b[2J\nb")
+        raise KeyboardInterrupt("runs/a\x1b[2J\nb holds this state")
+
+    doing(action)
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err.splitlines() == [
+        r"fastprompt.files: a\x1b[2J b: waiting",
+        r"fastprompt: runs/a\x1b[2J b holds this state",
+    ]
+
+
 def test_output_that_its_encoding_lacks_is_escaped(doing, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     doing(lambda: print("Müsli \udcff"))

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from fastprompt.data.reading import default_workers
 from fastprompt.data.shards import Shard, damaged, write_shard
+from fastprompt.documents import home_path
 from fastprompt.errors import InputError
 from fastprompt.files import locked, sweep
 from fastprompt.progress import progress_bar, say_line
@@ -45,8 +46,8 @@ Encode = Callable[[Images], dict[str, Tensor]]
 def default_cache_dir() -> Path:
     """Return $FASTPROMPT_CACHE, else $XDG_CACHE_HOME/fastprompt, else ~/.cache/fastprompt."""
     if chosen := os.environ.get("FASTPROMPT_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastprompt"
+        return home_path(chosen)
+    return home_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastprompt"
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class FeatureCache:
     """
 
     def __init__(self, folder: str | Path, key: str) -> None:
-        self.folder = Path(folder).expanduser() / hashlib.sha256(f"{FORMAT} {key}".encode()).hexdigest()[:32]
+        self.folder = home_path(folder) / hashlib.sha256(f"{FORMAT} {key}".encode()).hexdigest()[:32]
         self._shards: dict[str, Shard] = {}  # by file name
         self._places: dict[str, tuple[int, int]] = {}  # digest -> shard, row
 

@@ -37,7 +37,8 @@ def export_run(config: ExportConfig) -> Path:
     makers = {".safetensors": head_bytes, ".onnx": onnx_bytes}
     if out.suffix not in makers:
         raise InputError(f"out: expected a file that ends in {' or '.join(makers)}, got {out}")
-    if out.name in (MODEL, STATE) and is_run(out.parent):
+    # Some file systems take Model.safetensors for model.safetensors.
+    if out.name.lower() in (MODEL, STATE) and is_run(out.parent):
         raise InputError(f"out: expected another name than that of a file of the run {out.parent}, got {out.name}")
     learner = load_run(config.run, device=config.device, class_names=config.class_names)
     with locked(out.parent):

@@ -300,3 +300,8 @@ def test_default_folder(monkeypatch):
     assert default_cache_dir() == Path("/xdg/fastprompt")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache_dir() == Path.home() / ".cache/fastprompt"
+    monkeypatch.setenv("FASTPROMPT_CACHE", "~nobody-of-that-name/mine")
+    with pytest.raises(InputError, match="expected the name of a user behind ~"):
+        default_cache_dir()
+    with pytest.raises(InputError, match="expected the name of a user behind ~"):
+        FeatureCache("~nobody-of-that-name/mine", "key")

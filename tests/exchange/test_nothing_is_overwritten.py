@@ -58,7 +58,7 @@ def test_an_import_into_a_trained_run_is_refused(photos, start, model_folder, na
 
 
 @pytest.mark.parametrize("flags", [[], ["--force"]])
-@pytest.mark.parametrize("name", ["model.safetensors", "training_state.safetensors"])
+@pytest.mark.parametrize("name", ["model.safetensors", "Model.safetensors", "training_state.safetensors"])
 def test_an_export_never_takes_the_name_of_a_file_of_a_run(flags, name, run, capsys):
     before = everything(run)
     assert main(["export", "run", "--out", f"run/{name}", *flags]) == 2
