@@ -57,10 +57,8 @@ def encode_descriptions(backbone: Backbone, descriptions: Sequence[Sequence[str]
     Raises:
         InputError: a sentence is longer than the text tower reads.
     """
-    with torch.inference_mode(False):  # what is kept may serve a training later
-        no_context = backbone.embed_words("")[None]  # (1, 0, W)
-        means = [
-            backbone.encode_prompts(no_context, backbone.tokenize(sentences))[0].mean(dim=0)
-            for sentences in descriptions
-        ]
-        return F.normalize(torch.stack(means), dim=-1)
+    no_context = backbone.embed_words("")[None]  # (1, 0, W)
+    means = [
+        backbone.encode_prompts(no_context, backbone.tokenize(sentences))[0].mean(dim=0) for sentences in descriptions
+    ]
+    return F.normalize(torch.stack(means), dim=-1)

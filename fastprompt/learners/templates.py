@@ -56,9 +56,8 @@ def encode_templates(backbone: Backbone, class_names: Sequence[str], templates: 
     if not templates:
         raise InputError("templates: expected at least one sentence, got none")
     encoded = []
-    with torch.inference_mode(False):  # what is kept may serve a training later
-        for template in templates:
-            before, after = split_template(template)
-            tokens = backbone.tokenize(class_names, after)
-            encoded.append(backbone.encode_prompts(backbone.embed_words(before)[None], tokens)[0])
-        return F.normalize(torch.stack(encoded).mean(dim=0), dim=-1)
+    for template in templates:
+        before, after = split_template(template)
+        tokens = backbone.tokenize(class_names, after)
+        encoded.append(backbone.encode_prompts(backbone.embed_words(before)[None], tokens)[0])
+    return F.normalize(torch.stack(encoded).mean(dim=0), dim=-1)
