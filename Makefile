@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test torture matrix bench lint format clean
+.PHONY: help demo test oldest torture matrix bench lint format clean
 
 help:
 	@echo "make demo    train zero-shot, CoOp and GalLoP on the built-in scenes; writes runs/demo/report.html"
 	@echo "make test    run the test suite"
+	@echo "make oldest  compile the kernels with the oldest Triton that is allowed"
 	@echo "make torture run the tests that take minutes: many malformed inputs, many kills"
 	@echo "make matrix  install every supported pair of torch and Triton (6 GB each, an hour), and try it"
 	@echo "make bench   measure ours beside its peers; appends to benchmarks/results/"
@@ -25,6 +26,13 @@ demo: $(VENV)/installed
 # A process a core, of one thread each: the interpreter of Triton, which takes most of the time, has no use for more.
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+build/triton-3.6.0: | $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==3.6.0
+
+# Beside the torch that is installed: compiling ahead of time needs no other.
+oldest: $(VENV)/installed build/triton-3.6.0
+	PYTHONPATH=build/triton-3.6.0 $(BIN)/python -m pytest tests/kernels/test_kernel_resources.py -k telling
 
 torture: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m torture

@@ -3,6 +3,8 @@
 import ast
 import hashlib
 import inspect
+import io
+import tokenize
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -182,10 +184,18 @@ def source(kernel: str) -> str:
     """
     digest = hashlib.sha256()
     for module in KERNELS[kernel][1]:
-        for node in ast.parse(inspect.getsource(module)).body:
+        text = inspect.getsource(module)
+        for node in ast.parse(text).body:
             if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(one) for one in node.decorator_list):
-                if ast.get_docstring(node) is not None:
-                    node.body.pop(0)
-                node.decorator_list = []
-                digest.update(ast.unparse(node).encode())
+                first = node.body[1 if ast.get_docstring(node) is not None else 0]
+                lines = text.splitlines(keepends=True)
+                kept = lines[node.lineno - 1 : node.body[0].lineno - 1] + lines[first.lineno - 1 : node.end_lineno]
+                digest.update(" ".join(_words("".join(kept))).encode())
     return digest.hexdigest()[:12]
+
+
+def _words(code: str) -> Iterator[str]:
+    """The tokens of some code without comments. Every version of Python has the same, of its syntax tree not."""
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT):
+            yield token.string.strip()
