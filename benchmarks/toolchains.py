@@ -169,8 +169,8 @@ def table(found: dict[Pair, dict[str, dict]]) -> str:
             json.loads(versions["output"]) if versions.get("status") == "done" else [pair.torch, "?", pair.python, "?"]
         )
         others = "as old as allowed" if pair.lowest else "current"
-        missing = of_pair.get("install")
-        tested = [summary(of_pair.get(step, missing)) for step in ("kernels", "rest")]
+        failed = next((of_pair[step] for step in ("install", "versions") if of_pair[step]["status"] != "done"), None)
+        tested = [summary(failed or of_pair.get(step)) for step in ("kernels", "rest")]
         lines.append("| " + " | ".join([*known, others, *tested]) + " |")
     lines += [
         "",
@@ -178,8 +178,8 @@ def table(found: dict[Pair, dict[str, dict]]) -> str:
         "",
     ]
     lines += ["| Triton | kernel | " + " | ".join(TARGETS) + " |", "| --- | --- |" + " ---: |" * len(TARGETS)]
-    for pair, of_pair in found.items():
-        rows = [] if pair.lowest else compiled_rows(pair, of_pair)
+    by_version = {rows[0]["triton"]: rows for pair, one in found.items() if (rows := compiled_rows(pair, one))}
+    for rows in by_version.values():
         for kernel in sorted({str(row["kernel"]) for row in rows}):
             cells = [[row for row in rows if (row["kernel"], row["target"]) == (kernel, target)] for target in TARGETS]
             known = [cell(chosen) if chosen else "–" for chosen in cells]
