@@ -36,11 +36,11 @@ STEPS = (
     Step("train", "A training step of GalLoP with 128 images", 75, needs=MODELS),
     Step("profile", "A training step, part by part and kernel by kernel", 45, needs=MODELS),
     Step("overhead", "What a call costs before any arithmetic", 20),
-    Step("sanitizer", "Memory checks of small shapes by compute-sanitizer", 90),
     Step(
         "candidates", "Launch tables: which other tiles, warps and stages compile and compute the same", 60, workers=8
     ),
     Step("sweep", "Launch tables: their times", 60),
+    Step("sanitizer", "Memory checks of small shapes by compute-sanitizer", 170),
     Step("suite", "The part of the test suite that is for a GPU", 120, needs=("pytest", "hypothesis")),
     Step("tail", "The other benchmarks and shapes, compiled peers and memory", 480, needs=MODELS),
 )

@@ -12,7 +12,7 @@ import torch
 
 from fastprompt.data import FeatureCache, ImageTransform, default_cache_dir, feature_cache, load_image, read_batch
 from fastprompt.errors import InputError
-from fastprompt.files import TEMPORARY, locked, write_tensors
+from fastprompt.files import LOCK, TEMPORARY, locked, write_tensors
 from tests.data.images_on_disk import write_image
 
 HALF = (0.5, 0.5, 0.5)
@@ -156,6 +156,15 @@ def test_unfinished_files_of_a_killed_process_are_swept(load, paths, tmp_path):
     (shards(tmp_path)[0].parent / f".000001.safetensors.0123{TEMPORARY}").write_bytes(b"half a shard")
     assert load(paths)[1] == 19
     assert {path.suffix for path in (tmp_path / "cache").glob("*/*")} == {".safetensors"}
+
+
+def test_what_a_killed_process_left_in_a_full_cache_is_swept(load, paths, tmp_path):
+    load(paths)
+    folder = shards(tmp_path)[0].parent
+    for name in (LOCK, f".000001.safetensors.0123{TEMPORARY}"):
+        (folder / name).write_bytes(b"half")
+    assert load(paths)[1] == 0
+    assert {path.suffix for path in folder.iterdir()} == {".safetensors"}
 
 
 def test_who_waited_for_another_process_finds_its_features(load, paths, tmp_path, caplog):
