@@ -2,6 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from fastprompt.data import FeatureCache, feature_cache
+from tests.data.cached import READ, CountingEncoder
 from tests.data.images_on_disk import write_image
 
 
@@ -19,3 +21,25 @@ def class_folders(tmp_path):
         return folder
 
     return write
+
+
+@pytest.fixture
+def paths(tmp_path, small_shards):
+    return [write_image(tmp_path / "images" / f"{i:02}.png", seed=i) for i in range(23)]
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(feature_cache, "SHARD_ROWS", 8)
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Load through a newly opened cache, as another process would; returns features and number of images encoded."""
+
+    def load(paths, key="key", encoder=None, batch_size=4):
+        encoder = encoder or CountingEncoder()
+        cache = FeatureCache(tmp_path / "cache", key)
+        return cache.load(paths, encoder, READ, batch_size=batch_size, progress=False), encoder.images
+
+    return load
