@@ -16,7 +16,8 @@ from fastprompt.evaluation import evaluate_accuracy, ood_detection
 from fastprompt.experiment.config import FeatureConfig
 from fastprompt.experiment.sources import feature_source
 from fastprompt.learners import Learner, make_learner
-from fastprompt.training import FeatureSource, fit, published_settings
+from fastprompt.sources import FeatureSource
+from fastprompt.training import fit, published_settings
 
 RATE = 10  # times the recipe's learning rate, because there are 12 epochs instead of 50 to 200
 DESCRIPTIONS = "descriptions.json"

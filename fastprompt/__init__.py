@@ -18,7 +18,7 @@ from fastprompt.errors import InputError
 from fastprompt.version import __version__
 
 if TYPE_CHECKING:
-    from fastprompt import backbone, data, evaluation, exchange, experiment, layers, learners, report, training
+    from fastprompt import backbone, data, evaluation, exchange, experiment, layers, learners, report, sources, training
     from fastprompt.backbone import Backbone, ClassTokens, ImageFeatures, load_backbone
     from fastprompt.data import Dataset, LabelledImages, few_shot, load_dataset, load_image, select_classes
     from fastprompt.evaluation import base_to_new, evaluate_accuracy, ood_detection
@@ -44,9 +44,21 @@ if TYPE_CHECKING:
         find_method,
         make_learner,
     )
-    from fastprompt.training import TrainingSettings, as_source, fit, published_settings
+    from fastprompt.sources import as_source
+    from fastprompt.training import TrainingSettings, fit, published_settings
 
-_ROOMS = ("backbone", "data", "evaluation", "exchange", "experiment", "layers", "learners", "report", "training")
+_ROOMS = (
+    "backbone",
+    "data",
+    "evaluation",
+    "exchange",
+    "experiment",
+    "layers",
+    "learners",
+    "report",
+    "sources",
+    "training",
+)
 
 _HOMES = {
     "backbone": ("Backbone", "ClassTokens", "ImageFeatures", "load_backbone"),
@@ -59,7 +71,8 @@ _HOMES = {
         *("CoCoOp", "CoOp", "CoPL", "DuAlPT", "DualView", "GalLoP", "KgCoOp", "LoCoOp", "PLOT", "ProGrad", "SOTGLP"),
         "ZeroShot",
     ),
-    "training": ("TrainingSettings", "as_source", "fit", "published_settings"),
+    "sources": ("as_source",),
+    "training": ("TrainingSettings", "fit", "published_settings"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -112,6 +125,7 @@ __all__ = [
     "published_settings",
     "report",
     "select_classes",
+    "sources",
     "training",
 ]
 

@@ -17,6 +17,7 @@ ROOMS = [
     "files",
     "version",
     "progress",
+    "sources",
     "backbone",
     "layers",
     "learners",
@@ -34,13 +35,11 @@ LIBRARY_FILES = sorted([*ROOT.glob("fastprompt/**/*.py"), *ROOT.glob("kernels/**
 
 
 def imported(file):
-    """Full names of the modules that a file imports; those under TYPE_CHECKING do not count."""
+    """Full names of the modules that a file imports, under TYPE_CHECKING, too."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     pending, names = list(tree.body), set()
     while pending:
         node = pending.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

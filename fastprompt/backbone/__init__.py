@@ -2,7 +2,7 @@
 
 from fastprompt.backbone.backbone import Backbone
 from fastprompt.backbone.class_tokens import ClassTokens
-from fastprompt.backbone.features import ImageFeatures
 from fastprompt.backbone.load import load_backbone
+from fastprompt.sources.features import ImageFeatures
 
 __all__ = ["Backbone", "ClassTokens", "ImageFeatures", "load_backbone"]

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprompt.backbone.class_tokens import ClassTokens, tokenize_class_names
-from fastprompt.backbone.features import ImageFeatures
 from fastprompt.backbone.image_towers import image_tower
 from fastprompt.backbone.memory import MemoryBudget
 from fastprompt.backbone.text import TextTower
 from fastprompt.backbone.tokenizer import Tokenizer
 from fastprompt.errors import InputError
+from fastprompt.sources.features import ImageFeatures
 
 
 class Backbone(nn.Module):

@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from fastprompt.backbone import shared_prefix
 from fastprompt.backbone.blocks import check_block, close_block, split_heads
 from fastprompt.backbone.class_tokens import ClassTokens
-from fastprompt.backbone.features import queue_copy
 from fastprompt.backbone.memory import EncodingPlan, MemoryBudget, TowerSize, plan_encoding, release_freed_memory
 from fastprompt.backbone.replay import Replays
 from fastprompt.backbone.shared_prefix import ConstantCache, NameConstants, bring, encode_shared_prefix
 from fastprompt.errors import InputError
+from fastprompt.sources.features import queue_copy
 
 
 class TextTower:

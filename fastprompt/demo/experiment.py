@@ -16,7 +16,8 @@ from fastprompt.experiment.sources import feature_source, split_of, unlabelled
 from fastprompt.experiment.train import train_run
 from fastprompt.experiment.use import load_run
 from fastprompt.learners import GalLoP, Learner, ZeroShot
-from fastprompt.training import FeatureSource, RunFolder, epoch_metrics
+from fastprompt.sources import FeatureSource
+from fastprompt.training import RunFolder, epoch_metrics
 
 SEEDS = (1, 2, 3)
 SHOTS = 16

@@ -12,19 +12,10 @@ from fastprompt.errors import InputError
 from fastprompt.evaluation import metrics
 from fastprompt.evaluation.summary import Summary
 from fastprompt.progress import progress_bar
+from fastprompt.sources import FeatureSource, ImageFeatures, Images, as_source
 
 if TYPE_CHECKING:
-    from fastprompt.backbone import ImageFeatures
     from fastprompt.learners import Learner
-    from fastprompt.training import FeatureSource
-    from fastprompt.training.given import Images
-
-
-def _as_source(images: "Images", learner: "Learner", *, what: str, progress: bool) -> "FeatureSource":
-    """See ``as_source``, which brings open_clip: tables and metrics do without."""
-    from fastprompt.training.given import as_source
-
-    return as_source(images, learner, what=what, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -110,7 +101,7 @@ class OodDetection:
     fpr_rule: metrics.FprRule = "standard"
 
 
-def predict_all(learner: "Learner", source: "Images", *, batch_size: int = 256, progress: bool = True) -> Predictions:
+def predict_all(learner: "Learner", source: Images, *, batch_size: int = 256, progress: bool = True) -> Predictions:
     """Predict every image of a source.
 
     Args:
@@ -122,7 +113,7 @@ def predict_all(learner: "Learner", source: "Images", *, batch_size: int = 256, 
     Raises:
         InputError: the source is empty, or the batch size is not positive.
     """
-    source = _as_source(source, learner, what="test images", progress=progress)
+    source = as_source(source, learner, what="test images", progress=progress)
     classes, confidences = [], []
     with _inference(learner):
         for features in _batches(learner, source, batch_size, "predict" if progress else None):
@@ -132,9 +123,7 @@ def predict_all(learner: "Learner", source: "Images", *, batch_size: int = 256, 
     return Predictions(torch.cat(classes), torch.cat(confidences))
 
 
-def evaluate_accuracy(
-    learner: "Learner", source: "Images", *, batch_size: int = 256, progress: bool = True
-) -> Accuracy:
+def evaluate_accuracy(learner: "Learner", source: Images, *, batch_size: int = 256, progress: bool = True) -> Accuracy:
     """Measure how often the learner's first choice is right.
 
     Args:
@@ -147,7 +136,7 @@ def evaluate_accuracy(
     Raises:
         InputError: a label has no class name, the source is empty, or the batch size is not positive.
     """
-    source = _as_source(source, learner, what="test images", progress=progress)
+    source = as_source(source, learner, what="test images", progress=progress)
     labels = source.labels.cpu()
     class_count = len(learner.class_names)
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < class_count:
@@ -165,8 +154,8 @@ def evaluate_accuracy(
 
 def base_to_new(
     learner: "Learner",
-    base: "Images",
-    new: "Images",
+    base: Images,
+    new: Images,
     new_class_names: Sequence[str],
     *,
     batch_size: int = 256,
@@ -191,8 +180,8 @@ def base_to_new(
 
 def ood_detection(
     learner: "Learner",
-    in_source: "Images",
-    out_source: "Images",
+    in_source: Images,
+    out_source: Images,
     kind: str = "gl-mcm",
     *,
     fpr_rule: metrics.FprRule = "standard",
@@ -211,8 +200,8 @@ def ood_detection(
         progress: show progress bars.
     """
 
-    def scores(source: "Images", title: str) -> Tensor:
-        source = _as_source(source, learner, what=f"{title} images", progress=progress)
+    def scores(source: Images, title: str) -> Tensor:
+        source = as_source(source, learner, what=f"{title} images", progress=progress)
         with _inference(learner):
             batches = _batches(learner, source, batch_size, title if progress else None)
             return torch.cat([learner.ood_score(features, kind=kind).cpu() for features in batches])
@@ -234,9 +223,7 @@ def _inference(learner: "Learner") -> Iterator[None]:
         learner.train(training)
 
 
-def _batches(
-    learner: "Learner", source: "FeatureSource", batch_size: int, title: str | None
-) -> Iterator["ImageFeatures"]:
+def _batches(learner: "Learner", source: FeatureSource, batch_size: int, title: str | None) -> Iterator[ImageFeatures]:
     """The images in order, on the backbone's device; a bar with the title, or none."""
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}.")

@@ -28,7 +28,7 @@ from fastprompt.data import (
 )
 from fastprompt.errors import InputError
 from fastprompt.experiment.sources import encoder, feature_source, image_transform, plain_reader
-from fastprompt.training import FeatureSource, ImageSource, ViewSource
+from fastprompt.sources import FeatureSource, ImageSource, ViewSource
 
 if TYPE_CHECKING:
     from fastprompt.experiment.config import TrainConfig

@@ -20,8 +20,7 @@ from fastprompt.data import (
     read_batch,
 )
 from fastprompt.errors import InputError
-from fastprompt.training import CachedSource, FeatureSource, ImageSource
-from fastprompt.training.sources import ReadImages
+from fastprompt.sources import CachedSource, FeatureSource, ImageSource, ReadImages
 
 if TYPE_CHECKING:
     from fastprompt.experiment.config import FeatureConfig

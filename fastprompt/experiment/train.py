@@ -26,7 +26,8 @@ from fastprompt.report import (
     draw_training_curves,
     write_report,
 )
-from fastprompt.training import FeatureSource, RunFolder, epoch_metrics, fit
+from fastprompt.sources import FeatureSource
+from fastprompt.training import RunFolder, epoch_metrics, fit
 
 EVALUATION = "evaluation"  # kind of line in metrics.jsonl
 REPORT = "report.html"

@@ -9,7 +9,7 @@ import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,7 @@ from fastprompt.learners.memo import Memo
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.stored import HubLearner
 from fastprompt.learners.templates import encode_templates
-
-if TYPE_CHECKING:
-    from fastprompt.training import FeatureSource
+from fastprompt.sources import FeatureSource
 
 METHODS: dict[str, type[Learner]] = {}  # every method by its name, entered when its class is made
 

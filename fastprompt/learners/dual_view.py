@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,7 @@ from fastprompt.learners.base import Scores, check_weight
 from fastprompt.learners.coop import EPOCHS, CoOp
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.templates import DEFAULT_TEMPLATE, TEMPLATES
-
-if TYPE_CHECKING:
-    from fastprompt.training import FeatureSource
+from fastprompt.sources import FeatureSource
 
 OURS = {"source": "ours: CoOp's schedule, because the paper's numbers were not available to us", "epochs": EPOCHS}
 TEMPERATURE = 0.07  # of the mutual information

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,7 @@ from fastprompt.learners.plot import initial_contexts
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.templates import DEFAULT_TEMPLATE
 from fastprompt.learners.transport import Transport, transport_similarity
-
-if TYPE_CHECKING:
-    from fastprompt.training import FeatureSource
+from fastprompt.sources import FeatureSource
 
 OURS = "PLOT's values (see there): those of DuAl-PT were not available to us"
 

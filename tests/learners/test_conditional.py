@@ -10,7 +10,8 @@ from benchmarks.peers import cocoop_context, conditional_logits, copl_context
 from fastprompt import CoOp, ImageFeatures, InputError
 from fastprompt.backbone import Backbone
 from fastprompt.learners import CoCoOp, CoPL
-from fastprompt.training import CachedSource, TrainingSettings, fit
+from fastprompt.sources import CachedSource
+from fastprompt.training import TrainingSettings, fit
 from tests.learners import support
 from tests.learners.support import LABELS
 from tests.models import make_backbone, make_clip

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastprompt.backbone.features import ImageFeatures
-from fastprompt.training import CachedSource, RunFolder, TrainingSettings, fit
+from fastprompt.sources import CachedSource, ImageFeatures
+from fastprompt.training import RunFolder, TrainingSettings, fit
 
 
 class ToyLearner(nn.Module):

@@ -5,7 +5,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
 from fastprompt import CoOp, InputError, as_source, evaluate_accuracy, ood_detection
-from fastprompt.training import CachedSource, TrainingSettings, fit
+from fastprompt.sources import CachedSource
+from fastprompt.training import TrainingSettings, fit
 
 NAMES = ("cat", "dog", "polar bear")
 SETTINGS = TrainingSettings(epochs=2, batch_size=4, warmup_epochs=0)

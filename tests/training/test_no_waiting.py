@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprompt.learners import CoOp, GalLoP
-from fastprompt.training import CachedSource
+from fastprompt.sources import CachedSource
 from fastprompt.training.loop import _Training
 from tests.models import make_backbone, make_clip
 

@@ -13,7 +13,8 @@ import torch
 
 from fastprompt.errors import InputError
 from fastprompt.learners import GalLoP
-from fastprompt.training import ImageSource, Interrupted, TrainingSettings, fit
+from fastprompt.sources import ImageSource
+from fastprompt.training import Interrupted, TrainingSettings, fit
 from fastprompt.training.interrupt import InterruptFlag
 
 STEPS = 5  # of an epoch: 44 images in batches of 8

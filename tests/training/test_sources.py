@@ -3,9 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastprompt.backbone.features import ImageFeatures
 from fastprompt.errors import InputError
-from fastprompt.training import CachedSource, ImageSource, ViewSource
+from fastprompt.sources import CachedSource, ImageFeatures, ImageSource, ViewSource
 
 
 class TinyTower(torch.nn.Module):

@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastprompt.backbone.features import ImageFeatures, join_features
 from fastprompt.errors import InputError
+from fastprompt.sources.features import ImageFeatures, join_features
 
 PLAIN_BATCH = 256  # cached images that are read at once
 

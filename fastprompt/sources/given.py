@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
-from fastprompt.backbone.features import ImageFeatures, join_features
 from fastprompt.errors import InputError
 from fastprompt.progress import progress_bar, say_line
-from fastprompt.training.sources import CachedSource, FeatureSource, class_indices
-
-if TYPE_CHECKING:
-    from fastprompt.learners import Learner
+from fastprompt.sources.features import ImageFeatures, join_features
+from fastprompt.sources.source import CachedSource, FeatureSource, ImageEncoder, class_indices
 
 IMAGES_AT_ONCE = 32  # of a data set; a loader has a batch size of its own
 
 Images = FeatureSource | tuple[ImageFeatures, Any] | Dataset | DataLoader
 
 
-def as_source(images: Images, learner: Learner, *, what: str = "images", progress: bool = True) -> FeatureSource:
+class Reader(Protocol):
+    """What `as_source` needs of a learner."""
+
+    backbone: ImageEncoder
+
+
+def as_source(images: Images, learner: Reader, *, what: str = "images", progress: bool = True) -> FeatureSource:
     """Make a source of labelled images, which is what training and tests read; features are computed once and kept.
 
     Args:
@@ -59,7 +62,7 @@ def _in_order(images: Dataset | DataLoader) -> DataLoader:
     return DataLoader(images.dataset, **options)
 
 
-def _encoded(loader: DataLoader, learner: Learner, what: str, progress: bool) -> CachedSource:
+def _encoded(loader: DataLoader, learner: Reader, what: str, progress: bool) -> CachedSource:
     features, labels = [], []
     for pixels, of_pixels in _batches(loader, what, progress):
         encoded = learner.backbone.encode_images(pixels)

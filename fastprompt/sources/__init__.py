@@ -1,0 +1,16 @@
+"""Labelled images as features: what the frozen image tower says, and where a learner reads it from."""
+
+from fastprompt.sources.features import ImageFeatures
+from fastprompt.sources.given import Images, as_source
+from fastprompt.sources.source import CachedSource, FeatureSource, ImageSource, ReadImages, ViewSource
+
+__all__ = [
+    "CachedSource",
+    "FeatureSource",
+    "ImageFeatures",
+    "ImageSource",
+    "Images",
+    "ReadImages",
+    "ViewSource",
+    "as_source",
+]
