@@ -2,8 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Other versions of packages, such as TORCH="torch==2.11.* torchvision==0.26.* triton==3.6.*".
+TORCH ?=
 
-.PHONY: help demo test oldest torture matrix bench lint format clean
+SCENES := from pathlib import Path; from fastprompt.demo.scenes import write_dataset; \
+	write_dataset(Path('SCENES'), train=2, test=1, domain_test=1, ood=1)
+
+.PHONY: help demo test oldest torture matrix bench lint format wheel clean
 
 help:
 	@echo "make demo    train zero-shot, CoOp and GalLoP on the built-in scenes; writes runs/demo/report.html"
@@ -12,12 +17,13 @@ help:
 	@echo "make torture run the tests that take minutes: many malformed inputs, many kills"
 	@echo "make matrix  install every supported pair of torch and Triton (6 GB each, an hour), and try it"
 	@echo "make bench   measure ours beside its peers; appends to benchmarks/results/"
+	@echo "make wheel   build the wheel, install it by itself, and train with it"
 	@echo "make lint    check style; 'make format' repairs what can be repaired"
 
 $(VENV)/installed: pyproject.toml setup.cfg
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet --editable . --group dev
+	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet --editable . $(TORCH) --group dev
 	touch $@
 
 demo: $(VENV)/installed
@@ -58,6 +64,16 @@ lint: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# What a user installs: the wheel with what it needs and no extra, used outside of the checkout.
+wheel:
+	rm -rf build/lib build/wheel dist
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	build/wheel/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	build/wheel/bin/python -m pip install --quiet dist/*.whl
+	cd build/wheel && bin/fastprompt --version && bin/python -c "import fastprompt, fastprompt_kernels"
+	cd build/wheel && bin/python -c "$(SCENES)" && bin/fastprompt train coop SCENES --backbone demo --shots 2 --epochs 1
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -2,6 +2,8 @@
 
 import ast
 import configparser
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +93,23 @@ def test_import_brings_neither_triton_nor_a_device(package):
         "assert 'matplotlib' not in sys.modules and 'open_clip' not in sys.modules, 'heavy imports'"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_kernels_are_imported_with_torch_alone():
+    program = (
+        "import sys, torch; before = set(sys.modules); import fastprompt_kernels; "
+        "brought = {name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names; "
+        "assert brought <= {'fastprompt_kernels', 'torch'}, brought"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_versions_are_written_alike():
+    version = runpy.run_path(str(ROOT / "fastprompt" / "version.py"))["__version__"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## {version} - 20" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    ruff = re.search(r'"ruff==(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))[1]
+    assert f"rev: v{ruff}\n" in (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
 
 
 def test_every_package_is_shipped():

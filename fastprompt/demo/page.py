@@ -27,6 +27,7 @@ from fastprompt.report import (
     percent_column,
     write_report,
 )
+from fastprompt.report.style import require_extra
 from fastprompt.training import epoch_metrics
 
 PICTURES = 8  # in the gallery
@@ -42,6 +43,7 @@ COLUMNS = {
 
 def run_demo(out: Path) -> str:
     """Run the demo and write ``out/report.html``; returns what the terminal shows. A second one in ``out`` waits."""
+    require_extra()
     with locked(out, wait=True):
         result = run_experiment(out)
         tables = all_classes_table(result), base_to_new_table(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from fastprompt.backbone import Backbone, load_backbone
 from fastprompt.data import Dataset, LabelledImages, few_shot, load_dataset, select_classes
 from fastprompt.documents import check_type
+from fastprompt.errors import InputError
 from fastprompt.evaluation import Row, base_to_new, evaluate_accuracy
 from fastprompt.experiment.augmentation import training_source
 from fastprompt.experiment.config import ExperimentConfig, TrainConfig
@@ -26,9 +28,11 @@ from fastprompt.report import (
     draw_training_curves,
     write_report,
 )
+from fastprompt.report.style import require_extra
 from fastprompt.sources import FeatureSource
 from fastprompt.training import RunFolder, epoch_metrics, fit
 
+log = logging.getLogger(__name__)
 EVALUATION = "evaluation"  # kind of line in metrics.jsonl
 REPORT = "report.html"
 
@@ -76,7 +80,7 @@ def train_run(config: ExperimentConfig, *, backbone: Backbone | None = None, pro
         if not found:
             _train_and_test(run, config, dataset, train, backbone or _load_backbone(config), progress)
         table = results_table(run, dataset.name)
-        write_report(_report(config, run, table), run.path / REPORT)
+        _write_report(config, run, table)
     return TrainedRun(run, table, found)
 
 
@@ -169,6 +173,15 @@ def results_table(run: RunFolder, dataset: str) -> Table:
     measures = [name for name in MEASURES if all(name in result for result in results.values())]
     rows = tuple(Row(method, tuple(result[name] for name in measures)) for method, result in results.items())
     return Table(f"{dataset}: test images", tuple(MEASURES[name] for name in measures), rows, "Method")
+
+
+def _write_report(config: ExperimentConfig, run: RunFolder, table: Table) -> None:
+    try:
+        require_extra()
+    except InputError as missing:  # a run is whole without its page, and the same command writes it later
+        log.warning("%s is not written: %s", REPORT, missing)
+    else:
+        write_report(_report(config, run, table), run.path / REPORT)
 
 
 def _report(config: ExperimentConfig, run: RunFolder, table: Table) -> Report:

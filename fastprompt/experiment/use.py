@@ -21,6 +21,7 @@ from fastprompt.files import locked, replacing
 from fastprompt.learners import Learner, ZeroShot
 from fastprompt.learners.stored import read_description, rebuild
 from fastprompt.report import MEASURES, Table, draw_selected_patches
+from fastprompt.report.style import require_extra
 from fastprompt.training import RunFolder
 from fastprompt.training.run_folder import CONFIG, MODEL
 
@@ -145,6 +146,7 @@ def predict_images(config: PredictConfig) -> Iterator[tuple[Path, list[tuple[str
 
 def explain_image(config: ExplainConfig) -> tuple[Path, str]:
     """Draw which patches speak for a class; returns the PNG file and the class."""
+    require_extra()
     if config.out is not None and config.out.suffix.lower() != ".png":
         raise InputError(f"out: expected a .png file, got {config.out}")
     learner = load_run(config.run, device=config.device)

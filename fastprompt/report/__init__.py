@@ -1,4 +1,4 @@
-"""Tables, figures, and one self-contained HTML page a run."""
+"""Tables, figures, and one self-contained HTML page a run. Figures and pages need the extra "report"."""
 
 from fastprompt.report.curves import TrainingCurve, draw_training_curves
 from fastprompt.report.heatmap import draw_selected_patches

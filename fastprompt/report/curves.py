@@ -1,15 +1,19 @@
 """Training curves: loss and accuracy by epoch, one colour a method, a band over seeds."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from fastprompt.errors import InputError
 from fastprompt.report.style import INK, PALETTE, new_figure, style_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Runs = Sequence[Sequence[float]]  # one sequence a seed, one number an epoch
 
@@ -46,6 +50,8 @@ def draw_training_curves(curves: Sequence[TrainingCurve], accuracy_title: str = 
     if not curves:
         raise InputError("curves must hold one curve for each method, got none.")
     figure = new_figure(9.5, 3.4)
+    from matplotlib.ticker import MaxNLocator
+
     figure.set_layout_engine("constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     for axes, title in ((loss_axes, "Training loss"), (accuracy_axes, accuracy_title)):

@@ -1,17 +1,20 @@
 """Which patches of an image each local prompt looked at, drawn over the image."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
 from fastprompt.errors import InputError
 from fastprompt.report.style import INK, PALETTE, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PANEL_INCHES, GAP_INCHES, TITLE_INCHES = 1.84, 0.06, 0.22
 PANEL_PIXELS = 512  # small pictures are enlarged smoothly, so that only the patches have hard edges
@@ -83,7 +86,9 @@ def _figure_of_panels(count: int) -> Figure:
 
 
 def _highlighted(pixels: NDArray[np.float32], weight: NDArray[np.float32], color: str) -> NDArray[np.float32]:
-    """Grey and dark where the weight is 0, tinted where it is 1, in between otherwise."""
+    """Make pixels grey and dark where the weight is 0, tinted where it is 1, in between otherwise."""
+    from matplotlib.colors import to_rgb
+
     rows, columns = (_patch_of_pixel(patches) for patches in weight.shape)
     strength = weight[rows[:, None], columns[None, :], None]
     tinted = (1 - TINT) * pixels + TINT * np.array(to_rgb(color), dtype=np.float32)
@@ -106,6 +111,8 @@ def _draw_panel(axes: Axes, pixels: NDArray[np.float32], grid: tuple[int, int], 
 
 def _outline(axes: Axes, selected: NDArray[np.bool_], color: str) -> None:
     """Draw every edge between a selected and an unselected patch."""
+    from matplotlib.collections import LineCollection
+
     padded = np.pad(selected, 1)
     across = np.argwhere(padded[1:, 1:-1] != padded[:-1, 1:-1])  # (row of the line, column)
     down = np.argwhere(padded[1:-1, 1:] != padded[1:-1, :-1])  # (row, column of the line)

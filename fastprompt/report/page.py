@@ -1,18 +1,21 @@
 """One self-contained HTML page a run: no scripts, no other files, nothing from the network."""
 
+from __future__ import annotations
+
 import base64
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import matplotlib as mpl
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from fastprompt.files import write_file
+from fastprompt.report.style import require_extra
 from fastprompt.report.table import Table
 from fastprompt.version import __version__
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,14 @@ class Report:
 
 
 def render_report(report: Report) -> str:
-    """The page as one string of HTML. The same report gives the same page."""
+    """Render the page as one string of HTML. The same report gives the same page.
+
+    Raises:
+        InputError: the packages of the extra "report" are not installed.
+    """
+    require_extra()
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("fastprompt.report", package_path=""),
         autoescape=True,
@@ -104,6 +114,8 @@ def _data_uri(figure: Figure) -> str:
         figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
     else:
         kind = "image/svg+xml"
+        import matplotlib as mpl
+
         with mpl.rc_context({"svg.hashsalt": "fastprompt"}):  # else every element gets a random name
             figure.savefig(buffer, format="svg", metadata={"Date": None})
     return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,8 +1,15 @@
-"""What all figures share: colours, text size, and drawing without pyplot's global state."""
+"""What all figures share: colours, text size, drawing without pyplot's global state, and the extra they need."""
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from fastprompt.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers, in an order that also does so in print.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -11,8 +18,19 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK = "#757b85"
 
 
+def require_extra() -> None:
+    """Raise ``InputError`` where matplotlib or Jinja2 is not installed: a plain installation trains without them."""
+    for package in ("matplotlib", "jinja2"):
+        if find_spec(package) is None:
+            raise InputError(f"figures and pages: expected the package {package!r}: pip install 'fastprompt[report]'")
+
+
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches that draws itself with Agg and lets the page shine through."""
+    """Make an empty figure of so many inches that draws itself with Agg and lets the page shine through."""
+    require_extra()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), facecolor="none")
     FigureCanvasAgg(figure)
     return figure
