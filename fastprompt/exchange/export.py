@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from pathlib import Path
@@ -18,8 +17,6 @@ from fastprompt.exchange.config import ExportConfig
 from fastprompt.experiment.use import load_run
 from fastprompt.files import locked, tensor_bytes, write_file
 from fastprompt.learners import Learner
-from fastprompt.learners.conditional import ImageConditional
-from fastprompt.learners.transport import Transport
 from fastprompt.training.run_folder import MODEL, STATE, is_run
 
 logger = logging.getLogger(__name__)
@@ -58,13 +55,14 @@ def linear_head(learner: Learner) -> tuple[Tensor, bool]:
     compared with, in MCM at least, and predicts otherwise than the learner.
 
     Raises:
-        InputError: a learner whose text depends on the image, and has no such matrix.
+        InputError: a learner without such a matrix, such as one whose text depends on the image.
     """
     _check(learner)
+    if (head := learner.linear_head()) is None:
+        raise InputError(f"{learner.method} compares images with no matrix that could be exported")
     backbone = learner.backbone
     generator = torch.Generator().manual_seed(0)
     features = backbone.encode_images(torch.randn(4, 3, *2 * [backbone.image_size], generator=generator))
-    head = learner.mean_text(features)[0]
     logits = backbone.logit_scale * features.pooled @ head.T
     return head, bool(torch.allclose(learner(features).logits, logits, rtol=0, atol=1e-3 * backbone.logit_scale))
 
@@ -90,8 +88,8 @@ def write_onnx(learner: Learner, file: Path) -> None:
     """Write image tower and learner as ONNX: "images" (B, 3, S, S), preprocessed, to "logits" (B, C).
 
     Raises:
-        InputError: a learner whose text depends on the image or whose transport on the batch, or the packages of the
-            extra "onnx" are not installed.
+        InputError: a learner whose text depends on the image or whose scores on the batch, or the packages of the extra
+            "onnx" are not installed.
     """
     write_file(file, onnx_bytes(learner))
 
@@ -99,10 +97,8 @@ def write_onnx(learner: Learner, file: Path) -> None:
 def onnx_bytes(learner: Learner) -> bytes:
     """Make the content of the file that ``write_onnx`` writes; errors as there."""
     _check(learner)
-    if any(isinstance(value, Transport) for value in vars(learner).values()):
-        raise InputError(
-            f"{learner.method} stops its transport by a look at the whole batch, which ONNX cannot express"
-        )
+    if not learner.independent_images:
+        raise InputError(f"{learner.method} scores an image by a look at its whole batch, which ONNX cannot express")
     try:
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
@@ -121,7 +117,7 @@ def onnx_bytes(learner: Learner) -> bytes:
 
 
 def _check(learner: Learner) -> None:
-    if isinstance(learner, ImageConditional):
+    if not learner.fixed_text:
         raise InputError(
             f"{learner.method} runs the text tower for every image and has no fixed text features, which export needs"
         )
@@ -132,11 +128,8 @@ class _Classifier(nn.Module):
 
     def __init__(self, learner: Learner, images: Tensor) -> None:
         super().__init__()
-        learner = copy.copy(learner)
         learner(learner.backbone.encode_images(images))  # fills what is computed once
-        text = learner.text_features()
-        learner.text_features = lambda: text
-        self.learner, self.backbone = learner, learner.backbone
+        self.learner, self.backbone = learner.with_constants(), learner.backbone
 
     def forward(self, images: Tensor) -> Tensor:
         return self.learner(self.backbone.encode_images(images)).logits

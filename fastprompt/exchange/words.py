@@ -38,7 +38,7 @@ def nearest_words(learner: Learner, top: int = 3) -> dict[str, list[list[tuple[s
     anything.
 
     Args:
-        learner: whose learned tensors as wide as the text tower's tokens are read.
+        learner: whose learned contexts are read.
         top: words for each token.
 
     Raises:
@@ -50,9 +50,7 @@ def nearest_words(learner: Learner, top: int = 3) -> dict[str, list[list[tuple[s
     if not 1 <= top <= len(known):
         raise InputError(f"top: expected 1 to {len(known)} words, got {top}")
     contexts = {
-        name: value.detach().float().reshape(-1, *value.shape[-2:])
-        for name, value in learner.named_parameters()
-        if ("context" in name or "prompt" in name) and value.shape[-1] == backbone.text_width
+        name: learner.get_parameter(name).detach().float()[None].flatten(0, -3) for name in learner.contexts_named
     }
     if not contexts:
         raise InputError(f"{learner.method} has learned no context, so there are no words near it")

@@ -238,8 +238,8 @@ class PredictConfig(Config):
 class ExplainConfig(Config):
     """Draw the patches that speak for a class over the image.
 
-    Of gallop those that each local prompt kept, of sot-glp those that take part in the transport, and of the other
-    methods those more similar to the class's text than the image's mean patch.
+    Which these are is the method's own: those that it keeps to score the image, or else those more similar to the
+    class's text than the image's mean patch.
     """
 
     run: Run

@@ -54,11 +54,7 @@ def _options(learner: type[Learner], recipe: Recipe) -> dict[str, tuple[Any, Fie
     """Type and dataclass field of every keyword argument of a learner."""
     hints = get_type_hints(learner.__init__)
     words = {entry.arg_name: entry.description for entry in docstring_parser.parse(learner.__doc__ or "").params}
-    parameters = {
-        name: parameter
-        for name, parameter in inspect.signature(learner.__init__).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
+    parameters = learner.option_parameters()
     if unknown := recipe.options.keys() - parameters.keys():
         raise InputError(f"recipe: {learner.method} has no option {min(unknown)!r}")
     options = {}
@@ -92,6 +88,6 @@ def _description(learner: type[Learner]) -> str:
 
 def _zero_shot_template(recipe: Recipe, name: str) -> str:
     """The sentence that belongs to a recipe: the learner's own, or that of the data set."""
-    default = inspect.signature(ZeroShot.__init__).parameters["template"].default
+    default = ZeroShot.option_parameters()["template"].default
     of_dataset = ZeroShot.recipes.get(name, ZeroShot.recipes["default"]).options.get("template", default)
     return recipe.options.get("template", of_dataset)

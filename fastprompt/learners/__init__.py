@@ -23,6 +23,7 @@ from fastprompt.learners.plot import PLOT
 from fastprompt.learners.prograd import ProGrad
 from fastprompt.learners.recipe import Recipe, check_options
 from fastprompt.learners.sot_glp import SOTGLP
+from fastprompt.learners.text import TextLearner
 from fastprompt.learners.zero_shot import ZeroShot
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "ProGrad",
     "Recipe",
     "Scores",
+    "TextLearner",
     "ZeroShot",
     "find_method",
     "make_learner",

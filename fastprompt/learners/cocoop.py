@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fastprompt.backbone import ImageFeatures
+from fastprompt.learners.base import POOLED
 from fastprompt.learners.conditional import ImageConditional
 from fastprompt.learners.recipe import Recipe
 
@@ -26,6 +27,7 @@ class CoCoOp(ImageConditional):
     """
 
     method: ClassVar[str] = "cocoop"
+    reads: ClassVar[frozenset[str]] = POOLED
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "default": Recipe(source="CoCoOp's code, vit_b16_c4_ep10_batch1_ctxv1", epochs=10, batch_size=1),
     }

@@ -5,16 +5,17 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastprompt.backbone import Backbone, ImageFeatures
-from fastprompt.errors import InputError
-from fastprompt.learners.base import Learner, Scores, initial_context
+from fastprompt.learners.base import Scores
+from fastprompt.learners.text import PromptLearner, initial_context
 
 
-class ImageConditional(Learner):
+class ImageConditional(PromptLearner):
     """A learner whose context depends on the image: B images are B groups of contexts, encoded in one pass.
 
     A subclass gives ``contexts``.
@@ -24,9 +25,12 @@ class ImageConditional(Learner):
         meta_net: D -> D // 16 -> W with a ReLU between; its layers are named as in CoCoOp's published code.
     """
 
+    fixed_text: ClassVar[bool] = False
+    contexts_named: ClassVar[tuple[str, ...]] = ("context",)
+
     def __init__(self, backbone: Backbone, class_names: Sequence[str], *, context: int | str = "a photo of a") -> None:
         start = initial_context(backbone, context)
-        super().__init__(backbone, class_names, context_tokens=len(start), suffix=".", options={"context": context})
+        super().__init__(backbone, class_names, context_tokens=len(start), suffix=".")
         self.context = nn.Parameter(start)
         hidden = backbone.embed_dim // 16
         layers = {
@@ -44,12 +48,8 @@ class ImageConditional(Learner):
         """Text features (B, C, D) of every class for every image, L2-normalised."""
         return self.backbone.encode_prompts(self.contexts(features), self.class_tokens)
 
-    def text_features(self) -> Tensor:
-        """Refused, in one sentence: without an image there are no text features."""
-        raise InputError(f"{self.method} has text features of its own for every image, and none without an image")
-
     def mean_text(self, features: ImageFeatures) -> tuple[Tensor, Tensor]:
-        """Text features (B, C, D), for the pooled feature and for the patches."""
+        """See ``PromptLearner``: each (B, C, D)."""
         text = self.encode_text(features)
         return text, text
 

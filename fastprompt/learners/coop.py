@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from fastprompt.backbone import Backbone, ImageFeatures
 from fastprompt.backbone.class_tokens import check_class_names
 from fastprompt.errors import InputError
-from fastprompt.learners.base import Learner, Scores, initial_context
+from fastprompt.learners.base import POOLED, Scores
 from fastprompt.learners.recipe import Recipe
+from fastprompt.learners.text import TextLearner, initial_context
 
 EPOCHS = {1: 50, 2: 100, 4: 100, 8: 200, 16: 200}
 POSITIONS = ("end", "middle", "front")
 
 
-class CoOp(Learner):
+class CoOp(TextLearner):
     """CoOp: one learned context for all classes, or one for each (arXiv 2109.01134).
 
     The prompt of class c is "<context> <name c>.", and its logit the scaled cosine s * <z, t_c> of pooled image feature
@@ -34,6 +35,8 @@ class CoOp(Learner):
     """
 
     method: ClassVar[str] = "coop"
+    reads: ClassVar[frozenset[str]] = POOLED
+    contexts_named: ClassVar[tuple[str, ...]] = ("context",)
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "default": Recipe(source="CoOp's code, vit_b16_ctxv1 (base-to-new)", epochs=EPOCHS),
         "imagenet": Recipe(source="CoOp's code, vit_b16_ctxv1 (base-to-new)", epochs=50),
@@ -55,13 +58,12 @@ class CoOp(Learner):
             raise InputError(f"position: expected one of {', '.join(POSITIONS)}, got {position!r}")
         contexts = len(check_class_names(class_names)) if class_specific else 1
         starts = torch.stack([initial_context(backbone, context) for _ in range(contexts)])
-        options = {"context": context, "position": position, "class_specific": class_specific}
-        super().__init__(backbone, class_names, context_tokens=starts.shape[1], suffix=".", options=options)
+        super().__init__(backbone, class_names, context_tokens=starts.shape[1], suffix=".")
         self.position, self.class_specific = position, class_specific
         self.context = nn.Parameter(starts if class_specific else starts[0])  # (C, M, W) or (M, W)
 
     def encode_text(self) -> Tensor:
-        """See ``Learner``; G = 1."""
+        """See ``TextLearner``; G = 1."""
         tokens = self.context.shape[-2]
         before = {"end": tokens, "middle": tokens // 2, "front": 0}[self.position]
         in_front, behind = self.context[None].tensor_split([before], dim=-2)

@@ -64,7 +64,6 @@ class DualView(CoOp):
         if not 0 <= mixing <= 1:
             raise InputError(f"mixing: expected a share between 0 and 1, got {mixing}")
         super().__init__(backbone, class_names, context=context)
-        self.options = {"context": context, "templates": list(templates), "weight": weight, "mixing": mixing}
         self.templates, self.weight, self.mixing = tuple(templates), weight, mixing
         self.hand_crafted(*self.templates)  # a bad template is refused here, not in the first step
 
@@ -86,8 +85,8 @@ class DualView(CoOp):
         """The class vectors that predict, (C, D), of text features of the learned context (C, D)."""
         return F.normalize(text + self.hand_crafted(*self.templates), dim=-1)
 
-    def mean_text(self, features: ImageFeatures) -> tuple[Tensor, Tensor]:
-        """See ``Learner``; both are the mean of the two views."""
+    def mean_text(self, features: ImageFeatures | None = None) -> tuple[Tensor, Tensor]:
+        """See ``PromptLearner``; both are the mean of the two views."""
         both = self.both_views(self.text_features()[0])
         return both, both
 

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprompt.backbone import Backbone, ImageFeatures
-from fastprompt.learners.base import Learner, Scores, check_weight
+from fastprompt.learners.base import Scores, check_weight
 from fastprompt.learners.coop import EPOCHS
 from fastprompt.learners.descriptions import encode_descriptions, load_descriptions
-from fastprompt.learners.plot import initial_contexts
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.templates import DEFAULT_TEMPLATE
+from fastprompt.learners.text import TextLearner, initial_contexts
 from fastprompt.learners.transport import Transport, transport_similarity
 from fastprompt.sources import FeatureSource
 
@@ -25,7 +25,7 @@ OURS = "PLOT's values (see there): those of DuAl-PT were not available to us"
 logger = logging.getLogger(__name__)
 
 
-class DuAlPT(Learner):
+class DuAlPT(TextLearner):
     """DuAl-PT: prompts aligned with patches by transport, and with a language model's words (arXiv 2309.04158).
 
     Our reading of the paper's abstract; its equations were not available to us. N contexts are shared by all classes.
@@ -46,6 +46,8 @@ class DuAlPT(Learner):
     """
 
     method: ClassVar[str] = "dualpt"
+    independent_images: ClassVar[bool] = False
+    contexts_named: ClassVar[tuple[str, ...]] = ("contexts",)
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "default": Recipe(source=OURS, epochs=EPOCHS, batch_size=128),
         "imagenet": Recipe(source=OURS, epochs=50, batch_size=128),
@@ -63,13 +65,12 @@ class DuAlPT(Learner):
     ) -> None:
         check_weight("weight", weight)
         starts = initial_contexts(backbone, context, prompts)
-        options = {"descriptions": descriptions, "prompts": prompts, "context": context, "weight": weight}
-        super().__init__(backbone, class_names, context_tokens=starts.shape[1], suffix=".", options=options)
+        super().__init__(backbone, class_names, context_tokens=starts.shape[1], suffix=".")
         self.descriptions, self.weight, self.transport = descriptions, weight, Transport()
         self.contexts = nn.Parameter(starts)  # (N, M, W)
 
     def encode_text(self) -> Tensor:
-        """See ``Learner``; G = N."""
+        """See ``TextLearner``; G = N."""
         return self.backbone.encode_prompts(self.contexts, self.class_tokens)
 
     def check(self) -> None:

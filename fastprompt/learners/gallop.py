@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from fastprompt.backbone import Backbone, ImageFeatures
 from fastprompt.backbone.backbone import at_least_float32
 from fastprompt.errors import InputError
-from fastprompt.learners.base import Learner, Scores, check_prompts, initial_context
+from fastprompt.learners.base import Scores, check_prompts
 from fastprompt.learners.recipe import Recipe
+from fastprompt.learners.text import TextLearner, initial_context
 
 CODE = "GalLoP's code, scripts/run_*.sh: ViT-B/16, 16 shots; other numbers of shots are not published"
 
 
-class GalLoP(Learner):
+class GalLoP(TextLearner):
     """GalLoP: global prompts for the image, local prompts for its best patches at several scales (arXiv 2407.01400).
 
     m global prompts are compared with the pooled feature. n local prompts are compared with all patches, after a
@@ -37,6 +38,7 @@ class GalLoP(Learner):
     """
 
     method: ClassVar[str] = "gallop"
+    contexts_named: ClassVar[tuple[str, ...]] = ("global_prompts", "local_prompts")
     telling: ClassVar[tuple[str, ...]] = ("k",)
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "default": Recipe(source=CODE, epochs=200, weight_decay=1e-2, warmup_epochs=0),
@@ -56,16 +58,15 @@ class GalLoP(Learner):
         context: int | str = "a photo of a",
     ) -> None:
         _check(global_prompts, k, dropout)
-        options = {"global_prompts": global_prompts, "k": list(k), "dropout": dropout, "context": context}
         starts = torch.stack([initial_context(backbone, context) for _ in range(global_prompts + len(k))])
-        super().__init__(backbone, class_names, context_tokens=starts.shape[1], suffix="", options=options)
+        super().__init__(backbone, class_names, context_tokens=starts.shape[1], suffix="")
         self.k, self.dropout = tuple(k), dropout
         self.global_prompts = nn.Parameter(starts[:global_prompts].clone())  # (m, M, W)
         self.local_prompts = nn.Parameter(starts[global_prompts:].clone())  # (n, M, W)
         self.local_projection = nn.Parameter(torch.eye(backbone.patch_width, device=backbone.device))
 
     def encode_text(self) -> Tensor:
-        """See ``Learner``; G = m + n, global prompts first."""
+        """See ``TextLearner``; G = m + n, global prompts first."""
         contexts = torch.cat([self.global_prompts, self.local_prompts])
         return self.backbone.encode_prompts(contexts, self.class_tokens)
 
@@ -78,8 +79,8 @@ class GalLoP(Learner):
         local = self.backbone.project_patches(features.patches, self.local_projection)
         return F.normalize(at_least_float32(local), dim=-1)
 
-    def mean_text(self, features: ImageFeatures) -> tuple[Tensor, Tensor]:
-        """See ``Learner``: global prompts score the pooled feature, local prompts the patches."""
+    def mean_text(self, features: ImageFeatures | None = None) -> tuple[Tensor, Tensor]:
+        """See ``PromptLearner``: global prompts score the pooled feature, local prompts the patches."""
         of_global, of_local = self._split_text()
         return of_global.mean(dim=0), of_local.mean(dim=0)
 

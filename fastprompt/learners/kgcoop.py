@@ -50,7 +50,6 @@ class KgCoOp(CoOp):
     ) -> None:
         check_weight("weight", weight)
         super().__init__(backbone, class_names, context=context)
-        self.options = {"context": context, "template": template, "weight": weight}
         self.template, self.weight = template, weight
         self.hand_crafted(template)  # a bad template is refused here, not in the first step
 

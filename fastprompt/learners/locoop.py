@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastprompt.backbone import Backbone, ImageFeatures
 from fastprompt.errors import InputError
-from fastprompt.learners.base import Scores, check_weight
+from fastprompt.learners.base import PATCHES, Scores, check_weight
 from fastprompt.learners.coop import CoOp
 from fastprompt.learners.recipe import Recipe
 
@@ -34,6 +34,7 @@ class LoCoOp(CoOp):
     """
 
     method: ClassVar[str] = "locoop"
+    reads: ClassVar[frozenset[str]] = PATCHES
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "default": Recipe(source="LoCoOp's code, trainers/locoop.py (ImageNet)", epochs=50, options={"context": 16})
     }
@@ -51,7 +52,6 @@ class LoCoOp(CoOp):
         if not 0 < top_share < 1:
             raise InputError(f"top_share: expected a share between 0 and 1, got {top_share}")
         super().__init__(backbone, class_names, context=context)
-        self.options = {"context": context, "top_share": top_share, "weight": weight}
         self.top_share, self.weight = top_share, weight
 
     def forward(self, features: ImageFeatures) -> Scores:

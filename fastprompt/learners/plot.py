@@ -10,16 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprompt.backbone import Backbone, ImageFeatures
-from fastprompt.learners.base import Learner, Scores, check_prompts, initial_context
+from fastprompt.learners.base import Scores
 from fastprompt.learners.coop import EPOCHS
 from fastprompt.learners.recipe import Recipe
+from fastprompt.learners.text import TextLearner, initial_contexts
 from fastprompt.learners.transport import Transport, transport_similarity
 
 CODE = "PLOT's code, plot-coop/train.py, which sets the epochs, and configs/trainers/PLOT/rn50.yaml: ResNet-50"
 SMALL = f"{CODE}, which notes this batch size for it"
 
 
-class PLOT(Learner):
+class PLOT(TextLearner):
     """PLOT: several prompts a class, matched with the patches by optimal transport (arXiv 2210.01253).
 
     The N prompts of a class and the P patches of an image are two uniform distributions. Their entropic transport plan
@@ -43,6 +44,8 @@ class PLOT(Learner):
     """
 
     method: ClassVar[str] = "plot"
+    independent_images: ClassVar[bool] = False
+    contexts_named: ClassVar[tuple[str, ...]] = ("contexts",)
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "default": Recipe(source=CODE, epochs=EPOCHS, batch_size=128),
         **{name: Recipe(source=SMALL, epochs=EPOCHS) for name in ("flowers102", "fgvc_aircraft", "stanford_cars")},
@@ -63,21 +66,17 @@ class PLOT(Learner):
     ) -> None:
         transport = Transport(eps, iterations, tolerance)
         starts = initial_contexts(backbone, context, prompts)
-        options = {
-            "prompts": prompts, "context": context, "eps": eps, "iterations": iterations, "tolerance": tolerance,
-            "pooled": pooled,
-        }  # fmt: skip
-        super().__init__(backbone, class_names, context_tokens=starts.shape[1], suffix=".", options=options)
+        super().__init__(backbone, class_names, context_tokens=starts.shape[1], suffix=".")
         self.transport, self.pooled = transport, pooled
         self.contexts = nn.Parameter(starts)  # (N, M, W)
 
     def encode_text(self) -> Tensor:
-        """See ``Learner``; G = N + 1, the last for the pooled feature: the mean of the prompts before normalisation."""
+        """See ``TextLearner``; G = N + 1, the last for the pooled feature: the mean of the prompts, not normalised."""
         text = self.backbone.encode_prompts(self.contexts, self.class_tokens, normalise=False)
         return F.normalize(torch.cat([text, text.mean(dim=0, keepdim=True)]), dim=-1)
 
-    def mean_text(self, features: ImageFeatures) -> tuple[Tensor, Tensor]:
-        """See ``Learner``; both are the mean of the N normalised prompts."""
+    def mean_text(self, features: ImageFeatures | None = None) -> tuple[Tensor, Tensor]:
+        """See ``PromptLearner``; both are the mean of the N normalised prompts."""
         mean = self.text_features()[:-1].mean(dim=0)
         return mean, mean
 
@@ -88,9 +87,3 @@ class PLOT(Learner):
         if self.pooled:
             cosines = cosines + features.pooled @ text[-1].T
         return Scores(self.backbone.logit_scale * cosines)
-
-
-def initial_contexts(backbone: Backbone, context: int | str, prompts: int) -> Tensor:
-    """The start (prompts, M, W) of several contexts, each as by ``initial_context``."""
-    check_prompts("prompts", prompts)
-    return torch.stack([initial_context(backbone, context) for _ in range(prompts)])

@@ -79,7 +79,6 @@ class ProGrad(CoOp):
         if not 0 <= zeros <= backbone.context_length:
             raise InputError(f"zeros: expected 0 to {backbone.context_length} tokens, got {zeros}")
         super().__init__(backbone, class_names, context=context)
-        self.options = {"context": context, "zeros": zeros, "template": template, "weight": weight}
         self.context = nn.Parameter(F.pad(self.context.detach(), (0, 0, zeros, 0)))  # (zeros + M, W)
         self._context_tokens += zeros
         backbone.check_fits(self._context_tokens, self.class_tokens)  # behind the longer context

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -123,8 +122,7 @@ def check_options(learner: type[Learner], options: Mapping[str, Any], where: str
         where: how messages call what they come from.
     """
     hints = get_type_hints(learner.__init__)
-    parameters = inspect.signature(learner.__init__).parameters.values()
-    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    known = list(learner.option_parameters())
     for name, value in options.items():
         if name not in known:
             raise InputError(f"{where}: {learner.method} has no option {name!r}, only {listed(known)}")

@@ -49,6 +49,7 @@ class SOTGLP(GalLoP):
     """
 
     method: ClassVar[str] = "sot-glp"
+    independent_images: ClassVar[bool] = False
     telling: ClassVar[tuple[str, ...]] = ("local_prompts", "patches")
     class_specific = True
     recipes: ClassVar[Mapping[str, Recipe]] = {
@@ -86,17 +87,13 @@ class SOTGLP(GalLoP):
             dropout=dropout,
             context=context,
         )
-        self.options = {
-            "global_prompts": global_prompts, "local_prompts": local_prompts, "patches": patches, "dropout": dropout,
-            "context": context,
-        }  # fmt: skip
         self.transport = transport
         starts = torch.empty(len(self.class_names), *self.local_prompts.shape)
         starts = nn.init.xavier_uniform_(starts).transpose(0, 1).contiguous()
         self.local_prompts = nn.Parameter(starts.to(backbone.device))  # (n, C, M, W)
 
     def encode_text(self) -> Tensor:
-        """See ``Learner``; G = m + n, global prompts first."""
+        """See ``TextLearner``; G = m + n, global prompts first."""
         contexts = self.global_prompts, self.local_prompts
         return torch.cat([self.backbone.encode_prompts(context, self.class_tokens) for context in contexts])
 

@@ -8,16 +8,17 @@ from typing import ClassVar
 from torch import Tensor
 
 from fastprompt.backbone import Backbone, ImageFeatures
-from fastprompt.learners.base import Learner, Scores
+from fastprompt.learners.base import POOLED, Scores
 from fastprompt.learners.holder import check_backbone
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.templates import DEFAULT_TEMPLATE, TEMPLATES, split_template
+from fastprompt.learners.text import TextLearner
 
 CODE = "CoOp's code, trainers/zsclip.py"
 GL_MCM = "GL-MCM's code: CLIP's sentence without the full stop, with which OOD scores differ by 2e-3 to 3e-3"
 
 
-class ZeroShot(Learner):
+class ZeroShot(TextLearner):
     """Zero-shot CLIP: a sentence for each class, nothing learned (arXiv 2103.00020).
 
     Args:
@@ -28,6 +29,7 @@ class ZeroShot(Learner):
 
     method: ClassVar[str] = "zero-shot"
     learns: ClassVar[bool] = False
+    reads: ClassVar[frozenset[str]] = POOLED
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "default": Recipe(source=CODE),
         "gl-mcm": Recipe(source=GL_MCM, options={"template": "a photo of a {}"}),
@@ -38,13 +40,11 @@ class ZeroShot(Learner):
         check_backbone(backbone)
         before, after = split_template(template)
         words = backbone.embed_words(before)[None]  # (1, M, W)
-        super().__init__(
-            backbone, class_names, context_tokens=words.shape[1], suffix=after, options={"template": template}
-        )
+        super().__init__(backbone, class_names, context_tokens=words.shape[1], suffix=after)
         self._words = words
 
     def encode_text(self) -> Tensor:
-        """See ``Learner``; G = 1."""
+        """See ``TextLearner``; G = 1."""
         return self.backbone.encode_prompts(self._words, self.class_tokens)
 
     def forward(self, features: ImageFeatures) -> Scores:

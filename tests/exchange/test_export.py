@@ -117,7 +117,7 @@ def test_onnx_gives_the_same_logits(method, backbone, images, tmp_path, monkeypa
 
 @pytest.mark.parametrize("method", [PLOT, DuAlPT, SOTGLP])
 def test_a_transport_is_refused_in_one_sentence(method, backbone, tmp_path):
-    with pytest.raises(InputError, match=f"{method.method} stops its transport by a look at the whole batch"):
+    with pytest.raises(InputError, match=f"{method.method} scores an image by a look at its whole batch"):
         write_onnx(method(backbone, NAMES), tmp_path / "classifier.onnx")
 
 

@@ -186,5 +186,3 @@ def test_the_loop_trains_it(method, backbone, features):
 def test_wrong_use_gets_one_sentence(method, backbone):
     with pytest.raises(InputError, match="context: expected 1 to 77 tokens, got 0"):
         method(backbone, NAMES, context=0)
-    with pytest.raises(InputError, match=f"{method.method} has text features of its own for every image"):
-        method(backbone, NAMES).text_features()
