@@ -18,7 +18,6 @@ from fastprompt.errors import printable
 from fastprompt.exchange.config import ExportConfig, ImportConfig, WordsConfig
 from fastprompt.experiment.config import (
     EvaluateConfig,
-    ExperimentConfig,
     ExplainConfig,
     PredictConfig,
 )
@@ -39,7 +38,7 @@ Which version this is: fastprompt --version"""
 class Train:
     """Train a learner on a few labelled images, test it beside zero-shot CLIP, and write a run folder."""
 
-    config: ExperimentConfig  # in its place stand the settings in groups where `train` is asked for, see `_train`
+    config: None  # in its place stands the configuration of a method where `train` is asked for, see `_train`
 
 
 @dataclass(frozen=True)
@@ -128,8 +127,7 @@ def _train(arguments: Sequence[str]) -> type[Train]:
     """
     if arguments[:1] != ["train"]:
         return Train  # its options are not asked for, and methods are known only where torch is imported
-    from fastprompt.experiment.methods import train_config
-    from fastprompt.experiment.option_groups import grouped
+    from fastprompt.experiment.configure import experiment_class
     from fastprompt.learners import METHODS
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -137,10 +135,10 @@ def _train(arguments: Sequence[str]) -> type[Train]:
     asked, recipe = "".join(arguments[1:2]), parser.parse_known_args(arguments)[0].recipe
     configs = []
     for method in sorted(METHODS):
-        config = train_config(method, recipe if method == asked else "default")
+        config = experiment_class(method, recipe if method == asked else "default")
         # In the list of methods, one line each; the whole description in a method's own help.
         description = None if method == asked else config.__doc__.split("\n\n")[0]
-        configs.append(Annotated[grouped(config), subcommand(method, prefix_name=False, description=description)])
+        configs.append(Annotated[config, subcommand(method, prefix_name=False, description=description)])
     made = make_dataclass("Train", [("config", Union[tuple(configs)])], bases=(Train,), frozen=True)  # noqa: UP007
     made.__doc__ = Train.__doc__
     return made
@@ -161,11 +159,10 @@ def run(
     """Carry out one command and print what came of it."""
     # Imports stand here so that --help and usage errors do not wait for torch and open_clip.
     match command:
-        case Train(options):
+        case Train(config):
             from fastprompt.experiment.recipes import resolved_recipe
             from fastprompt.experiment.train import train_run
 
-            config = options.flat()
             print(resolved_recipe(config))
             trained = train_run(config)
             if trained.found:

@@ -11,7 +11,7 @@ from fastprompt.data import Dataset, LabelledImages, find_images, load_dataset, 
 from fastprompt.demo.scenes import DOMAINS, write_dataset
 from fastprompt.evaluation import base_to_new, evaluate_accuracy, ood_detection
 from fastprompt.experiment.config import FeatureConfig
-from fastprompt.experiment.methods import train_config
+from fastprompt.experiment.configure import configure
 from fastprompt.experiment.sources import feature_source, split_of, unlabelled
 from fastprompt.experiment.train import train_run
 from fastprompt.experiment.use import load_run
@@ -122,7 +122,8 @@ def _trained(method: str, options: dict, materials: Materials, out: Path) -> Tri
     """Train on all classes and on the base classes with one seed, and test."""
     runs, learners = {}, {}
     for classes in ("all", "base"):
-        config = train_config(method)(
+        config = configure(
+            method,
             data=out / "data",
             backbone="demo",
             cache_dir=out / "cache",

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from fastprompt.experiment.config import BackboneConfig, Config, Run
+from fastprompt.experiment.config import BackboneConfig, Config, PlaceConfig, Run
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportConfig(BackboneConfig):
+class ImportConfig(Config):
     """Turn a checkpoint of CoOp, CoCoOp, KgCoOp, ProGrad, PLOT (model.pth.tar-N) or GalLoP (.ckpt) into a run folder.
 
     Nothing in the file is executed. Classes are named here; what the file holds of them, embedded names in order, must
@@ -36,6 +36,8 @@ class ImportConfig(BackboneConfig):
     """base: the checkpoint knows only the first half of the data folder's classes."""
     position: Literal["end", "middle", "front"] = "end"
     """Where CoOp's class name stood, which its checkpoint does not say."""
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    place: PlaceConfig = field(default_factory=PlaceConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +47,7 @@ class ExportConfig(Config):
     run: Run
     """Run folder."""
     out: Path | None = None
-    """.safetensors: a (C, D) matrix and the preprocessing. .onnx: images in, logits out. Default: head.safetensors
-    in the run folder."""
+    """.safetensors: matrix (C, D) and preprocessing; .onnx: images in, logits out. Default: head.safetensors in RUN."""
     force: bool = False
     """Replace a file that exists and holds something else. A run's own files are never replaced."""
     class_names: tuple[str, ...] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from fastprompt.backbone import Backbone, load_backbone
+from fastprompt.backbone import Backbone
 from fastprompt.data import hash_files, load_dataset, readable_name, select_classes
 from fastprompt.documents import read_text, short
 from fastprompt.errors import InputError
@@ -13,6 +13,7 @@ from fastprompt.exchange.checkpoint import Checkpoint, read_checkpoint
 from fastprompt.exchange.class_rows import SAME_EMBEDDING, read_class_rows
 from fastprompt.exchange.config import ImportConfig
 from fastprompt.exchange.words import token_embeddings
+from fastprompt.experiment.sources import open_backbone
 from fastprompt.learners import Learner, make_learner
 from fastprompt.learners.stored import restore_learned
 from fastprompt.learners.templates import DEFAULT_TEMPLATE
@@ -35,10 +36,7 @@ def import_run(config: ImportConfig, *, backbone: Backbone | None = None) -> Run
     checkpoint = read_checkpoint(config.file)
     keep = checkpoint.method == "gallop" if config.keep_underscores is None else config.keep_underscores
     class_names = _class_names(config, keep)
-    name, weights = config.backbone_and_weights()
-    if backbone is None:
-        place = {"device": config.device, "precision": config.precision, "cache_dir": config.weights_dir}
-        backbone = load_backbone(name, weights, **place)
+    backbone = backbone or open_backbone(config.backbone, config.place)
     _check_backbone(checkpoint, backbone)
     checkpoint = read_class_rows(checkpoint, backbone, class_names)
     learner = _learner(checkpoint, backbone, class_names, config)
@@ -46,9 +44,7 @@ def import_run(config: ImportConfig, *, backbone: Backbone | None = None) -> Run
         "method": learner.method,
         "imported_from": config.file.resolve(),
         "checkpoint": f"sha256 {hash_files([config.file], progress=False)[0][:16]}",
-        "backbone": name,
-        "pretrained": weights,
-        "precision": config.precision,
+        **config.backbone.absolute(),
         "data": None if config.data is None else config.data.resolve(),
         "split_file": None if config.split_file is None else config.split_file.resolve(),
         "keep_underscores": keep,
@@ -60,8 +56,7 @@ def import_run(config: ImportConfig, *, backbone: Backbone | None = None) -> Run
     run = RunFolder.create_or_resume(config.out, described)
     with run.locked():
         if not run.complete:
-            weights_dir = None if config.weights_dir is None else str(config.weights_dir.resolve())
-            run.save_model(learner, {"options": learner.options, "weights_dir": weights_dir})
+            run.save_model(learner, {"options": learner.options, "weights_dir": config.place.kept_weights_dir()})
     return run
 
 

@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,40 +26,40 @@ from fastprompt.data import (
     seeded_crops,
 )
 from fastprompt.errors import InputError
+from fastprompt.experiment.config import FeatureConfig
+from fastprompt.experiment.configure import Experiment
 from fastprompt.experiment.sources import encoder, feature_source, image_transform, plain_reader
 from fastprompt.sources import FeatureSource, ImageSource, ViewSource
-
-if TYPE_CHECKING:
-    from fastprompt.experiment.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
 
 def training_source(
-    images: LabelledImages, backbone: Backbone, config: TrainConfig, *, progress: bool = True
+    images: LabelledImages, backbone: Backbone, config: Experiment, *, progress: bool = True
 ) -> FeatureSource:
     """Features of the training images: with random crops and flips where ``config`` asks for them.
 
     Args:
         images: what to train on.
         backbone: encodes them.
-        config: which augmentation, and what may be kept.
+        config: of a method that learns: which augmentation, and what may be kept.
         progress: whether to show bars.
 
     Raises:
         InputError: views without augmentation, a number of views below 0, or an image that cannot be read.
     """
-    if config.views < 0 or (config.views and not config.augment):
-        raise InputError(f"views: expected at least 0, and 0 without --augment, got {config.views}")
-    if not config.augment:
-        return feature_source(images, backbone, config, progress=progress, what="training images")
-    read = KeptImages(images.paths, backbone.device, config.image_memory)
-    if config.views:
-        return _view_source(images, read, backbone, config, progress)
+    asked, features = config.training, config.features
+    if asked.views < 0 or (asked.views and not asked.augment):
+        raise InputError(f"views: expected at least 0, and 0 without --augment, got {asked.views}")
+    if not asked.augment:
+        return feature_source(images, backbone, features, progress=progress, what="training images")
+    read = KeptImages(images.paths, backbone.device, config.runtime.image_memory)
+    if asked.views:
+        return _view_source(images, read, backbone, asked.views, features, progress)
     crops = partial(read_crops, read=read, backbone=backbone)
     plain = plain_reader(backbone)
     return ImageSource(
-        images.paths, images.labels, read=crops, read_plain=plain, backbone=backbone, at_once=config.image_batch
+        images.paths, images.labels, read=crops, read_plain=plain, backbone=backbone, at_once=features.image_batch
     )
 
 
@@ -131,27 +130,27 @@ def cut(images: DecodedImages, crops: RandomCrops, backbone: Backbone) -> Tensor
 
 
 def _view_source(
-    images: LabelledImages, read: KeptImages, backbone: Backbone, config: TrainConfig, progress: bool
+    images: LabelledImages, read: KeptImages, backbone: Backbone, count: int, kept: FeatureConfig, progress: bool
 ) -> ViewSource:
     """Every view has a feature cache of its own, kept like that of images without augmentation."""
-    if not config.cache:
-        raise InputError(f"views: {config.views} views are kept in the feature cache, but --no-cache is given")
+    if not kept.cache:
+        raise InputError(f"views: {count} views are kept in the feature cache, but --no-cache is given")
     encode, views = encoder(backbone), []
     transform = image_transform(backbone).description
-    for view in range(config.views):
+    for view in range(count):
         key = f"{backbone.fingerprint} {backbone.dtype} random-resized-crop+flip view {view} before {transform}"
-        cache = FeatureCache(config.cache_dir or default_cache_dir(), key)
+        cache = FeatureCache(kept.cache_dir or default_cache_dir(), key)
         crop = partial(_crop_view, view=view, backbone=backbone)
         features = cache.load(
             images.paths,
             lambda batch, crop=crop: encode(crop(batch)),
             read,
-            batch_size=config.image_batch,
+            batch_size=kept.image_batch,
             progress=progress,
-            what=f"training images, view {view + 1} of {config.views}",
+            what=f"training images, view {view + 1} of {count}",
         )
         views.append(features)
-    plain = partial(feature_source, images, backbone, config, progress=progress, what="training images")
+    plain = partial(feature_source, images, backbone, kept, progress=progress, what="training images")
     return ViewSource(views, images.labels, plain, backbone.fingerprint)
 
 

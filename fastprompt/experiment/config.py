@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from tyro.conf import Positional, arg
 
 from fastprompt.documents import check_number, home_path
-from fastprompt.errors import InputError
-
-if TYPE_CHECKING:
-    from fastprompt.training import TrainingSettings
-
 
 LOCAL = "local-dir:"
 
 # Positional arguments by the names that the help gives them.
 Data = Annotated[Positional[Path], arg(metavar="DATA")]
 Run = Annotated[Positional[Path], arg(metavar="RUN")]
+PLAIN = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH", bool: "{True,False}"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,49 +26,24 @@ class Config:
         InputError: a number is not finite or too large, or a path names an unknown user.
     """
 
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """Keep None out of the help: it stands for a default that the words of a setting tell."""
+        super().__init_subclass__(**kwargs)
+        hints, kinds = get_type_hints(cls, include_extras=True), get_type_hints(cls)
+        for name in cls.__annotations__:
+            names = [PLAIN[kind] for kind in get_args(kinds[name]) if kind in PLAIN]
+            default = getattr(cls, name, ...)
+            if names and getattr(default, "default", default) is None:
+                said = arg(metavar="|".join(names), help_behavior_hint="")
+                own = getattr(hints[name], "__metadata__", ())  # behind what is said here, so that it counts
+                cls.__annotations__[name] = Annotated[(kinds[name], said, *own)]
+
     def __post_init__(self) -> None:
         for setting in fields(self):
             value = getattr(self, setting.name)
             check_number(value, setting.name)
             if isinstance(value, Path):
                 object.__setattr__(self, setting.name, home_path(value))
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneConfig(Config):
-    """Which frozen model, and where it runs."""
-
-    backbone: str = "ViT-B-16-quickgelu"
-    """open_clip architecture, "hf-hub:org/model", "local-dir:folder", or "demo" for the small built-in model."""
-    pretrained: str | None = None
-    """open_clip tag (such as openai; downloaded once) or a .safetensors file. Not used with the last three."""
-    device: str | None = None
-    """Where it runs, such as cpu or cuda:0. Default: cuda if there is one."""
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
-    """Precision of the frozen weights; learned tensors are always float32."""
-    weights_dir: Path | None = None
-    """Where downloaded weights are kept. Default: open_clip's own folder."""
-
-    def backbone_and_weights(self) -> tuple[str, str | None]:
-        """Name and weights of the backbone, with absolute paths: a run is used from other folders, too."""
-        name, weights = self.backbone, self.pretrained
-        if name.startswith(LOCAL):
-            name = f"{LOCAL}{home_path(name.removeprefix(LOCAL)).resolve()}"
-        if weights is not None and Path(weights).is_file():
-            weights = str(Path(weights).resolve())
-        return name, weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeatureConfig(Config):
-    """How images become features."""
-
-    cache: bool = True
-    """Keep features on disk, so that every image is encoded once."""
-    cache_dir: Path | None = None
-    """Folder of the feature cache. Default: $FASTPROMPT_CACHE or ~/.cache/fastprompt."""
-    image_batch: int = 32
-    """Images that the image tower encodes at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,85 +56,20 @@ class DataConfig(Config):
     """CoOp split file. Default: the one in the data folder, if there is one."""
     keep_underscores: bool = False
     """Read class names as written, as GalLoP's code does, instead of turning underscores into spaces."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextConfig(Config):
-    """How the text encoder shares out its work."""
-
-    memory_budget: int | Literal["auto"] = "auto"
-    """Bytes that the text encoder may take; what does not fit is encoded in pieces. auto: half of the free memory."""
-    cuda_graphs: bool = True
-    """On a GPU, replay passes of the text encoder that repeat. The memory of up to two stays taken."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExperimentConfig(DataConfig, TextConfig, BackboneConfig, FeatureConfig):
-    """What every method is asked for. ``methods.train_config`` adds the options of one."""
-
-    method: ClassVar[str]
-    own_options: ClassVar[tuple[str, ...]]
-    made_for: ClassVar[str]
-
-    recipe: str = "default"
-    """Published settings to start from: default, few-shot, a data set such as imagenet, or a .json file that
-    `fastprompt recipes copy` wrote. `fastprompt recipes ls` lists them."""
-
     classes: Literal["all", "base"] = "all"
     """base: know only the first half of the classes, and test on both halves (base-to-new)."""
-    out: Path | None = None
-    """Run folder. Default: runs/DATASET/METHOD/BACKBONE/... An unfinished run there is resumed."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.recipe != self.made_for:
-            raise InputError(f"recipe: this configuration was made for {self.made_for!r}, got {self.recipe!r}")
-
-    @property
-    def run_name(self) -> str:
-        """Last part of the default run folder."""
-        return self.classes
-
-    def learner_options(self) -> dict[str, Any]:
-        """Arguments of the method's learner."""
-        return {name: getattr(self, name) for name in self.own_options}
-
-    def settings(self) -> TrainingSettings | None:
-        """How the learner is trained; None where nothing is."""
-        return None
-
-    def resolved(self) -> dict[str, Any]:
-        """What decides the result: everything but where it runs, how images are read, and where files go."""
-        elsewhere = {field.name for field in fields(FeatureConfig)}
-        elsewhere |= {"device", "weights_dir", "memory_budget", "cuda_graphs", "out", "image_memory"}
-        chosen = {name: value for name, value in asdict(self).items() if name not in elsewhere}
-        chosen |= {name: path.resolve() for name, path in chosen.items() if isinstance(path, Path)}
-        chosen["backbone"], chosen["pretrained"] = self.backbone_and_weights()
-        if self.recipe.endswith(".json"):
-            chosen["recipe"] = home_path(self.recipe).resolve()
-        settings = self.settings()
-        return {"method": self.method, **chosen, **({} if settings is None else asdict(settings))}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(ExperimentConfig):
-    """What a method that learns is asked for."""
+class TrainingConfig(Config):
+    """How it is trained, on how many images, and what the result is compared with."""
 
     shots: int = 16
     """Training images per class; 0 for all of them."""
     sampler: Literal["exact", "published", "stratified"] = "exact"
-    """exact: that many of every class. published: the very images that CoOp's code draws for this seed and split file.
-    stratified: in proportion to class sizes (GalLoP's code)."""
+    """exact: that many of each class; published: those that CoOp's code draws; stratified: by class size, as GalLoP."""
     seed: int = 1
     """Which images are drawn, in which order they come, and all other random choices."""
-    augment: bool = False
-    """Random crops and flips, as published, resized as by Pillow up to version 12; every image is then encoded anew in
-    every epoch, without the cache."""
-    views: int = 0
-    """With --augment: so many random views of every image are encoded once and cached, and every epoch takes one of
-    them at random. 0: every epoch has crops of its own."""
-    image_memory: float = 4.0
-    """With --augment: GB that decoded training images may take. If they do not fit, every epoch decodes them anew."""
     epochs: int | None = None
     """Passes over the training images. Default: as in the recipe, for the number of shots."""
     batch_size: int | None = None
@@ -172,31 +78,88 @@ class TrainConfig(ExperimentConfig):
     """Learning rate of SGD. Default: as in the recipe."""
     weight_decay: float | None = None
     """Weight decay of SGD. Default: as in the recipe."""
-    zero_shot_template: str = "a photo of a {}."
+    augment: bool = False
+    """Random crops and flips, as published: every image is encoded anew in every epoch, without the cache."""
+    views: int = 0
+    """With --augment: encode so many views of each image once, of which every epoch takes one. 0: fresh crops."""
+    zero_shot_template: str | None = None
     """Sentence of the zero-shot row that the result is compared with. Default: the one of the recipe's data set."""
 
-    @property
-    def run_name(self) -> str:
-        """Such as shots16-seed1, or shots16-seed1-base."""
-        shots = f"shots{self.shots}" if self.shots else "all"
-        return f"{shots}-seed{self.seed}" + ("" if self.classes == "all" else f"-{self.classes}")
-
-    def settings(self) -> TrainingSettings:
-        """The settings of the recipe, with what was given instead."""
-        from fastprompt.learners import find_method  # brings torch
-        from fastprompt.learners.recipe import find_recipe
-        from fastprompt.training import published_settings
-
-        given = {name: getattr(self, name) for name in ("epochs", "batch_size", "lr", "weight_decay")}
-        given = {name: value for name, value in given.items() if value is not None}
-        if given.get("epochs") == 1:
-            given["warmup_epochs"] = 0  # a single epoch of warm-up would train nothing
-        recipe = find_recipe(find_method(self.method), self.recipe)
-        return replace(published_settings(recipe, self.shots or None), seed=self.seed, **given)
+    def given(self) -> dict[str, Any]:
+        """Numbers that stand in place of the recipe's."""
+        numbers = {name: getattr(self, name) for name in ("epochs", "batch_size", "lr", "weight_decay")}
+        return {name: value for name, value in numbers.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(FeatureConfig):
+class BackboneConfig(Config):
+    """Which frozen model."""
+
+    backbone: str = "ViT-B-16-quickgelu"
+    """open_clip architecture, "hf-hub:org/model", "local-dir:folder", or "demo" for the small built-in model."""
+    pretrained: str | None = None
+    """open_clip tag (such as openai; downloaded once) or a .safetensors file. Not used with the last three."""
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    """Precision of the frozen weights; learned tensors are always float32."""
+
+    def absolute(self) -> dict[str, Any]:
+        """The settings with absolute paths: a run is used from other folders, too."""
+        name, weights = self.backbone, self.pretrained
+        if name.startswith(LOCAL):
+            name = f"{LOCAL}{home_path(name.removeprefix(LOCAL)).resolve()}"
+        if weights is not None and Path(weights).is_file():
+            weights = str(Path(weights).resolve())
+        return {"backbone": name, "pretrained": weights, "precision": self.precision}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureConfig(Config):
+    """How images become features, and what is kept of them."""
+
+    cache: bool = True
+    """Keep features on disk, so that every image is encoded once."""
+    cache_dir: Path | None = None
+    """Folder of the feature cache. Default: $FASTPROMPT_CACHE or ~/.cache/fastprompt."""
+    image_batch: int = 32
+    """Images that the image tower encodes at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceConfig(Config):
+    """Where the model runs, and where its weights lie."""
+
+    device: str | None = None
+    """Where it runs, such as cpu or cuda:0. Default: cuda if there is one."""
+    weights_dir: Path | None = None
+    """Where downloaded weights are kept. Default: open_clip's own folder."""
+
+    def loading(self) -> dict[str, Any]:
+        """Arguments of ``load_backbone`` that do not change the model."""
+        return {"device": self.device, "cache_dir": self.weights_dir}
+
+    def kept_weights_dir(self) -> str | None:
+        """The folder of weights as a finished run records it."""
+        return None if self.weights_dir is None else str(self.weights_dir.resolve())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig(PlaceConfig):
+    """Where it runs, and what it may take: nothing here changes the result."""
+
+    memory_budget: int | Literal["auto"] = "auto"
+    """Bytes that the text encoder may take; what does not fit is encoded in pieces. auto: half of the free memory."""
+    cuda_graphs: bool = True
+    """On a GPU, replay passes of the text encoder that repeat. The memory of up to two stays taken."""
+    image_memory: float = 4.0
+    """With --augment: GB that decoded training images may take. If they do not fit, every epoch decodes them anew."""
+
+    def loading(self) -> dict[str, Any]:
+        """See ``PlaceConfig``."""
+        return super().loading() | {"memory_budget": self.memory_budget, "cuda_graphs": self.cuda_graphs}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Config):
     """Test a finished run: on its own data, on other classes, on another data set, or against unknown objects."""
 
     run: Run
@@ -212,8 +175,8 @@ class EvaluateConfig(FeatureConfig):
     ood_kind: Literal["mcm", "l-mcm", "gl-mcm"] = "gl-mcm"
     """Out-of-distribution score: of the image, of its patches, or both."""
     fpr_rule: Literal["standard", "gallop"] = "standard"
-    """FPR95 with the threshold that keeps at least 95 % of the known images, or as in GalLoP's and GL-MCM's code, with
-    the loosest one that keeps a share as near to 95 % as can be: higher, on few images."""
+    """Threshold of FPR95: keeps at least 95 % of known images, or as near to that as can be (GalLoP, GL-MCM)."""
+    features: FeatureConfig = field(default_factory=FeatureConfig)
     device: str | None = None
     """Where it runs. Default: cuda if there is one."""
 

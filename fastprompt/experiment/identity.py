@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from fastprompt.data import Dataset, LabelledImages, hash_files
-from fastprompt.experiment.config import ExperimentConfig, TrainConfig
+from fastprompt.experiment.configure import Experiment
 
 
 def data_identity(
-    config: ExperimentConfig, dataset: Dataset, train: LabelledImages, *, progress: bool = True
+    config: Experiment, dataset: Dataset, train: LabelledImages, *, progress: bool = True
 ) -> dict[str, Any]:
     """What decides a result beside the configuration.
 
@@ -28,10 +28,10 @@ def data_identity(
         InputError: a file cannot be read.
     """
     identity: dict[str, Any] = {"class_names": list(dataset.train.class_names)}
-    if isinstance(config, TrainConfig):
+    if config.training is not None:
         identity["training_images"] = _digest(train, progress)
     identity["test_images"] = _digest(dataset.test, progress)
-    files = {name: Path(value) for name, value in config.learner_options().items() if isinstance(value, str)}
+    files = {name: Path(value) for name, value in config.options.items() if isinstance(value, str)}
     for name, file in files.items():
         if file.is_file():
             identity[f"{name}_contents"] = f"sha256 {hash_files([file], progress=False)[0][:16]}"

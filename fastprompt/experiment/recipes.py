@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from fastprompt.evaluation import Row
-from fastprompt.experiment.config import ExperimentConfig
-from fastprompt.experiment.methods import train_config
+from fastprompt.experiment.configure import Experiment, experiment_class
 from fastprompt.learners import METHODS, Learner, Recipe, find_method
 from fastprompt.learners.recipe import find_recipe, write_recipe
 from fastprompt.learners.templates import TEMPLATES
@@ -42,8 +41,8 @@ def show_recipe(method: str, name: str) -> str:
     """Everything that a recipe decides, the learner's own defaults included."""
     learner = find_method(method)
     recipe = find_recipe(learner, name)
-    made = train_config(method, name)
-    defaults = {field.name: field.default for field in fields(made) if field.name in made.own_options}
+    options = get_type_hints(experiment_class(method, name))["learner"]
+    defaults = {option.name: option.default for option in fields(options)}
     numbers = dict(zip(NUMBERS, _words(learner, recipe, NUMBERS), strict=True)) if learner.learns else {}
     values = {"source": recipe.source, **numbers, **{key: _word(value) for key, value in defaults.items()}}
     width = max(map(len, values))
@@ -59,14 +58,14 @@ def copy_recipe(method: str, name: str, file: Path) -> str:
     return f"{file}: change it, then `fastprompt train {learner.method} PHOTOS --recipe {file}`"
 
 
-def resolved_recipe(config: ExperimentConfig) -> str:
+def resolved_recipe(config: Experiment) -> str:
     """What a run will do: its recipe, with everything that was given instead."""
     recipe = find_recipe(find_method(config.method), config.recipe)
     lines = [f"{config.method}, recipe {config.recipe} ({recipe.source})"]
     if (settings := config.settings()) is not None:
-        published = "" if recipe.precision == config.precision else f" (published in {recipe.precision})"
-        lines.append(f"  {_joined(asdict(settings))}, precision {config.precision}{published}")
-    return "\n".join([*lines, f"  {_joined(config.learner_options())}"])
+        published = "" if recipe.precision == config.backbone.precision else f" (published in {recipe.precision})"
+        lines.append(f"  {_joined(asdict(settings))}, precision {config.backbone.precision}{published}")
+    return "\n".join([*lines, f"  {_joined(config.options)}"])
 
 
 def _further(learner: type[Learner]) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastprompt.backbone import Backbone
+from fastprompt.backbone import Backbone, load_backbone
 from fastprompt.data import (
     Dataset,
     FeatureCache,
@@ -20,10 +19,8 @@ from fastprompt.data import (
     read_batch,
 )
 from fastprompt.errors import InputError
+from fastprompt.experiment.config import BackboneConfig, FeatureConfig, PlaceConfig
 from fastprompt.sources import CachedSource, FeatureSource, ImageSource, ReadImages
-
-if TYPE_CHECKING:
-    from fastprompt.experiment.config import FeatureConfig
 
 
 def image_transform(backbone: Backbone) -> ImageTransform:
@@ -35,6 +32,12 @@ def image_transform(backbone: Backbone) -> ImageTransform:
         backbone.interpolation,
         resize_mode=backbone.resize_mode,
     )
+
+
+def open_backbone(config: BackboneConfig, place: PlaceConfig) -> Backbone:
+    """Load the backbone that a configuration names."""
+    chosen = config.absolute()
+    return load_backbone(chosen.pop("backbone"), **chosen, **place.loading())
 
 
 def encoder(backbone: Backbone) -> Callable[[Tensor], dict[str, Tensor]]:
@@ -74,8 +77,6 @@ def feature_source(
         progress: whether to show bars.
         what: what the images are, for the bar: "test images", for instance.
     """
-    from fastprompt.experiment.config import FeatureConfig  # brings tyro, which crops and steps do without
-
     config = config or FeatureConfig()
     if not config.cache:
         read = plain_reader(backbone)

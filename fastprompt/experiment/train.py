@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from fastprompt.backbone import Backbone, load_backbone
+from fastprompt.backbone import Backbone
 from fastprompt.data import Dataset, LabelledImages, few_shot, load_dataset, select_classes
 from fastprompt.documents import check_type
 from fastprompt.errors import InputError
 from fastprompt.evaluation import Row, base_to_new, evaluate_accuracy
 from fastprompt.experiment.augmentation import training_source
-from fastprompt.experiment.config import ExperimentConfig, TrainConfig
+from fastprompt.experiment.configure import Experiment
 from fastprompt.experiment.identity import data_identity
-from fastprompt.experiment.sources import feature_source
+from fastprompt.experiment.sources import feature_source, open_backbone
 from fastprompt.learners import Learner, ZeroShot, make_learner
 from fastprompt.report import (
     MEASURES,
@@ -52,7 +52,7 @@ class TrainedRun:
     found: bool
 
 
-def train_run(config: ExperimentConfig, *, backbone: Backbone | None = None, progress: bool = True) -> TrainedRun:
+def train_run(config: Experiment, *, backbone: Backbone | None = None, progress: bool = True) -> TrainedRun:
     """Train and test one learner as configured; what can be wrong with the input is checked before the long work.
 
     An unfinished run in the same folder is resumed; of a finished one the results are read. The contents of the data
@@ -68,38 +68,27 @@ def train_run(config: ExperimentConfig, *, backbone: Backbone | None = None, pro
         Interrupted: Ctrl-C while training; the last step is kept.
     """
     config.settings()  # a number out of its range is said before anything is read
-    dataset = load_dataset(config.data, split_file=config.split_file, keep_underscores=config.keep_underscores)
+    data = config.data
+    dataset = load_dataset(data.data, split_file=data.split_file, keep_underscores=data.keep_underscores)
     train = dataset.train
-    if isinstance(config, TrainConfig):
-        train = few_shot(train, config.shots or None, config.seed, config.sampler)
-    train = select_classes(train, config.classes)  # after the draw, as published
+    if (drawn := config.training) is not None:
+        train = few_shot(train, drawn.shots or None, drawn.seed, drawn.sampler)
+    train = select_classes(train, data.classes)  # after the draw, as published
     asked = config.resolved() | data_identity(config, dataset, train, progress=progress)
     run = RunFolder.create_or_resume(config.out or default_run_folder(config, dataset), asked)
     with run.locked():
         found = run.complete and bool(run.metrics(EVALUATION))
         if not found:
-            _train_and_test(run, config, dataset, train, backbone or _load_backbone(config), progress)
+            backbone = backbone or open_backbone(config.backbone, config.runtime)
+            _train_and_test(run, config, dataset, train, backbone, progress)
         table = results_table(run, dataset.name)
         _write_report(config, run, table)
     return TrainedRun(run, table, found)
 
 
-def _load_backbone(config: ExperimentConfig) -> Backbone:
-    name, weights = config.backbone_and_weights()
-    return load_backbone(
-        name,
-        weights,
-        device=config.device,
-        precision=config.precision,
-        cache_dir=config.weights_dir,
-        memory_budget=config.memory_budget,
-        cuda_graphs=config.cuda_graphs,
-    )
-
-
 def _train_and_test(
     run: RunFolder,
-    config: ExperimentConfig,
+    config: Experiment,
     dataset: Dataset,
     train: LabelledImages,
     backbone: Backbone,
@@ -112,40 +101,40 @@ def _train_and_test(
     for row in (learner, *peers):
         for _, class_names in tests.values():
             row.with_class_names(class_names)  # checks that they fit
-    if isinstance(config, TrainConfig):
+    if config.training is not None:
         source = training_source(train, backbone, config, progress=progress)
         fit(learner, source, config.settings(), run=run, progress=progress)
     if not run.complete:
-        weights_dir = None if config.weights_dir is None else str(config.weights_dir.resolve())
-        run.save_model(learner, {"options": learner.options, "weights_dir": weights_dir})
+        run.save_model(learner, {"options": learner.options, "weights_dir": config.runtime.kept_weights_dir()})
     run.log(EVALUATION, results={row.method: _test(row, tests, progress) for row in (*peers, learner)})
 
 
-def default_run_folder(config: ExperimentConfig, dataset: Dataset) -> Path:
+def default_run_folder(config: Experiment, dataset: Dataset) -> Path:
     """runs/DATASET/METHOD/BACKBONE/shots16-seed1, or ...-base for base-to-new."""
-    backbone = config.backbone.replace("/", "-").replace(":", "-")
-    if config.pretrained:
-        backbone = f"{backbone}-{Path(config.pretrained).stem}"
+    backbone = config.backbone.backbone.replace("/", "-").replace(":", "-")
+    if config.backbone.pretrained:
+        backbone = f"{backbone}-{Path(config.backbone.pretrained).stem}"
     return Path("runs") / dataset.name / config.method / backbone / config.run_name
 
 
-def _learners(config: ExperimentConfig, backbone: Backbone, class_names: Sequence[str]) -> list[Learner]:
+def _learners(config: Experiment, backbone: Backbone, class_names: Sequence[str]) -> list[Learner]:
     """The learner of the method, and zero-shot CLIP beside a method that learns."""
-    if not isinstance(config, TrainConfig):
-        return [make_learner(config.method, backbone, class_names, **config.learner_options())]
-    torch.manual_seed(config.seed)  # random contexts
-    learner = make_learner(config.method, backbone, class_names, **config.learner_options())
-    return [learner, ZeroShot(backbone, class_names, template=config.zero_shot_template)]
+    if config.training is not None:
+        torch.manual_seed(config.training.seed)  # random contexts
+    learner = make_learner(config.method, backbone, class_names, **config.options)
+    if config.training is None:
+        return [learner]
+    return [learner, ZeroShot(backbone, class_names, template=config.zero_shot_template())]
 
 
 def _tests(
-    dataset: Dataset, backbone: Backbone, config: ExperimentConfig, progress: bool
+    dataset: Dataset, backbone: Backbone, config: Experiment, progress: bool
 ) -> dict[str, tuple[FeatureSource, tuple[str, ...]]]:
     """Test images as features, and their class names: "all", or "base" and "new" where only base classes are known."""
-    parts = ("all",) if config.classes == "all" else ("base", "new")
+    parts = ("all",) if config.data.classes == "all" else ("base", "new")
     images = {part: select_classes(dataset.test, part) for part in parts}
     return {
-        part: (feature_source(some, backbone, config, progress=progress, what="test images"), some.class_names)
+        part: (feature_source(some, backbone, config.features, progress=progress, what="test images"), some.class_names)
         for part, some in images.items()
     }
 
@@ -175,7 +164,7 @@ def results_table(run: RunFolder, dataset: str) -> Table:
     return Table(f"{dataset}: test images", tuple(MEASURES[name] for name in measures), rows, "Method")
 
 
-def _write_report(config: ExperimentConfig, run: RunFolder, table: Table) -> None:
+def _write_report(config: Experiment, run: RunFolder, table: Table) -> None:
     try:
         require_extra()
     except InputError as missing:  # a run is whole without its page, and the same command writes it later
@@ -184,7 +173,7 @@ def _write_report(config: ExperimentConfig, run: RunFolder, table: Table) -> Non
         write_report(_report(config, run, table), run.path / REPORT)
 
 
-def _report(config: ExperimentConfig, run: RunFolder, table: Table) -> Report:
+def _report(config: Experiment, run: RunFolder, table: Table) -> Report:
     epochs = epoch_metrics(run)
     curve = TrainingCurve(config.method, [[epoch.loss for epoch in epochs]], [[epoch.accuracy for epoch in epochs]])
     figures = (
@@ -194,7 +183,7 @@ def _report(config: ExperimentConfig, run: RunFolder, table: Table) -> Report:
     )
     return Report(
         title=f"{config.method} on {table.title.split(':')[0]}",
-        summary=f"{config.backbone}, {config.run_name}.",
+        summary=f"{config.backbone.backbone}, {config.run_name}.",
         tables=(table,),
         figures=figures,
         facts={"Configuration": config.resolved()},

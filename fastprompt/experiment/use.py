@@ -98,11 +98,11 @@ def evaluate_run(config: EvaluateConfig, *, progress: bool = True) -> Table:
     learner = load_run(config.run, device=config.device).with_class_names(images.class_names)
     zero_shot = ZeroShot(learner.backbone, images.class_names, template=settings.template)
 
-    source = feature_source(images, learner.backbone, config, progress=progress, what=f"{config.split} images")
+    source = feature_source(images, learner.backbone, config.features, progress=progress, what=f"{config.split} images")
     outside = (
         None
         if unknown is None
-        else feature_source(unknown, learner.backbone, config, progress=progress, what="images of no class")
+        else feature_source(unknown, learner.backbone, config.features, progress=progress, what="images of no class")
     )
     measures = ["accuracy", "mean_per_class", "calibration_error"]
     if outside is not None:

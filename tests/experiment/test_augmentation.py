@@ -1,6 +1,7 @@
 """Random crops of training images: those of torchvision, from memory and from disk alike."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from fastprompt.data import FeatureCache, decode_images, draw_crops, load_datase
 from fastprompt.errors import InputError
 from fastprompt.experiment import augmentation
 from fastprompt.experiment.augmentation import KeptImages, read_crops, training_source
-from fastprompt.experiment.methods import train_config
+from fastprompt.experiment.configure import configure
 from tests.data.images_on_disk import write_image
 
 
@@ -79,7 +80,7 @@ def test_views_of_different_images_are_cut_in_different_places(tmp_path, vit_bac
 
 
 def test_plain_features_are_those_without_augmentation(photos, vit_backbone, tmp_path):
-    images, config = load_dataset(photos).train, train_config("coop")
+    images, config = load_dataset(photos).train, partial(configure, "coop")
     kept = {"data": photos, "cache_dir": tmp_path}
     ((expected, _),) = training_source(images, vit_backbone, config(**kept), progress=False).plain_batches()
     for options in ({"views": 1}, {"cache": False}):
@@ -91,7 +92,7 @@ def test_plain_features_are_those_without_augmentation(photos, vit_backbone, tmp
 
 
 def test_views_need_the_cache(photos, vit_backbone, tmp_path):
-    config = train_config("coop")(data=photos, augment=True, views=2, cache=False)
+    config = configure("coop", data=photos, augment=True, views=2, cache=False)
     with pytest.raises(InputError, match="2 views are kept in the feature cache, but --no-cache is given"):
         training_source(load_dataset(photos).train, vit_backbone, config)
     assert not list(FeatureCache(tmp_path / "none", "key").folder.glob("*"))

@@ -7,14 +7,17 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 import fastprompt
 from fastprompt.cli import main
 from fastprompt.errors import InputError
-from fastprompt.experiment.methods import train_config
+from fastprompt.experiment.config import DataConfig
+from fastprompt.experiment.configure import configure, experiment_class
 from fastprompt.learners import METHODS, Recipe, ZeroShot
 
 ROOT = Path(__file__).parents[2]
@@ -64,18 +67,18 @@ def test_the_worked_example_in_the_folder_of_learners_is_a_method(example, tmp_p
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_option_of_every_method_is_explained(method):
-    made = train_config(method)
-    for name in made.own_options:
-        (argument,) = made.__dataclass_fields__[name].type.__metadata__
-        assert len(argument.help) > 10, f"option {name} of {method} has no words in the docstring's Args"
+    made = experiment_class(method)
+    for option in fields(get_type_hints(made)["learner"]):
+        words = option.type.__metadata__[0].help
+        assert len(words) > 10, f"option {option.name} of {method} has no words in the docstring's Args"
     assert len(made.__doc__) > 40
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_recipe_makes_a_configuration(method):
     for name, recipe in METHODS[method].recipes.items():
-        config = train_config(method, name)(data=Path("photos"))
-        assert {option: config.learner_options()[option] for option in recipe.options} == {
+        config = configure(method, name, data=Path("photos"))
+        assert {option: config.options[option] for option in recipe.options} == {
             option: tuple(value) if isinstance(value, list) else value for option, value in recipe.options.items()
         }
         if METHODS[method].learns:
@@ -161,7 +164,7 @@ def test_dual_view_trains_on_images_with_and_without_augmentation(photos, common
 
 def test_a_configuration_of_another_recipe_is_refused():
     with pytest.raises(InputError, match="recipe: this configuration was made for 'default', got 'imagenet'"):
-        train_config("gallop")(data=Path("photos"), recipe="imagenet")
+        experiment_class("gallop")(data=DataConfig(data=Path("photos")), recipe="imagenet")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +180,7 @@ def test_an_option_that_cannot_be_one_is_refused(hint, message):
     try:
         type("Clash", (ZeroShot,), {"method": "clash", "recipes": recipes, "__init__": init})
         with pytest.raises(InputError, match=message):
-            train_config("clash")
+            experiment_class("clash")
     finally:
         METHODS.pop("clash")
 
