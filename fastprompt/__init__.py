@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from fastprompt.backbone import Backbone, ClassTokens, ImageFeatures, load_backbone
     from fastprompt.data import Dataset, LabelledImages, few_shot, load_dataset, load_image, select_classes
     from fastprompt.evaluation import base_to_new, evaluate_accuracy, ood_detection
+    from fastprompt.experiment.runs import load_run
     from fastprompt.experiment.sources import feature_source, image_transform
-    from fastprompt.experiment.use import load_run
     from fastprompt.learners import (
         METHODS,
         PLOT,
@@ -66,7 +66,7 @@ _HOMES = {
     "data": ("Dataset", "LabelledImages", "few_shot", "load_dataset", "load_image", "select_classes"),
     "evaluation": ("base_to_new", "evaluate_accuracy", "ood_detection"),
     "experiment.sources": ("feature_source", "image_transform"),
-    "experiment.use": ("load_run",),
+    "experiment.runs": ("load_run",),
     "learners": (
         *("METHODS", "Learner", "Recipe", "Scores", "TextLearner", "find_method", "make_learner"),
         *("CoCoOp", "CoOp", "CoPL", "DuAlPT", "DualView", "GalLoP", "KgCoOp", "LoCoOp", "PLOT", "ProGrad", "SOTGLP"),

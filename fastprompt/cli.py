@@ -169,16 +169,16 @@ def run(
                 print(f"\n{trained.run.path} is complete: nothing was trained")
             print(f"\n{trained.table.to_text()}\n\nrun folder: {trained.run.path}")
         case EvaluateConfig():
-            from fastprompt.experiment.use import evaluate_run
+            from fastprompt.experiment.evaluate import evaluate_run
 
             print(f"\n{evaluate_run(command).to_text()}")
         case PredictConfig():
-            from fastprompt.experiment.use import predict_images
+            from fastprompt.experiment.predict import predict_images
 
             for path, classes in predict_images(command):
                 print(f"{path}: " + ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in classes))
         case ExplainConfig():
-            from fastprompt.experiment.use import explain_image
+            from fastprompt.experiment.explain import explain_image
 
             path, name = explain_image(command)
             print(f"patches that speak for {name!r}: {path}")

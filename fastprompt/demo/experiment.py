@@ -12,9 +12,9 @@ from fastprompt.demo.scenes import DOMAINS, write_dataset
 from fastprompt.evaluation import base_to_new, evaluate_accuracy, ood_detection
 from fastprompt.experiment.config import FeatureConfig
 from fastprompt.experiment.configure import configure
+from fastprompt.experiment.runs import load_run
 from fastprompt.experiment.sources import feature_source, split_of, unlabelled
 from fastprompt.experiment.train import train_run
-from fastprompt.experiment.use import load_run
 from fastprompt.learners import GalLoP, Learner, ZeroShot
 from fastprompt.sources import FeatureSource
 from fastprompt.training import RunFolder, epoch_metrics

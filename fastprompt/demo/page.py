@@ -12,7 +12,7 @@ from fastprompt.data import load_image
 from fastprompt.demo.experiment import SEEDS, SHOTS, DemoResult, Trial, run_experiment
 from fastprompt.demo.scenes import DOMAINS, PRETRAIN_CLASSES
 from fastprompt.evaluation import Row, Summary, harmonic_mean
-from fastprompt.experiment.use import load_run
+from fastprompt.experiment.runs import load_run
 from fastprompt.files import locked
 from fastprompt.report import (
     MEASURES,

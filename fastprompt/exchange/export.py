@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastprompt.backbone import Backbone
 from fastprompt.errors import InputError
 from fastprompt.exchange.config import ExportConfig
-from fastprompt.experiment.use import load_run
+from fastprompt.experiment.runs import load_run
 from fastprompt.files import locked, tensor_bytes, write_file
 from fastprompt.learners import Learner
 from fastprompt.training.run_folder import MODEL, STATE, is_run

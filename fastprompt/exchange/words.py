@@ -8,7 +8,7 @@ from torch import Tensor
 from fastprompt.backbone import Backbone
 from fastprompt.errors import InputError
 from fastprompt.exchange.config import WordsConfig
-from fastprompt.experiment.use import load_run
+from fastprompt.experiment.runs import load_run
 from fastprompt.learners import Learner
 
 WARNING = (

@@ -16,11 +16,13 @@ from fastprompt.data import (
     ImageTransform,
     LabelledImages,
     default_cache_dir,
+    find_images,
+    load_image,
     read_batch,
 )
 from fastprompt.errors import InputError
 from fastprompt.experiment.config import BackboneConfig, FeatureConfig, PlaceConfig
-from fastprompt.sources import CachedSource, FeatureSource, ImageSource, ReadImages
+from fastprompt.sources import CachedSource, FeatureSource, ImageFeatures, ImageSource, ReadImages
 
 
 def image_transform(backbone: Backbone) -> ImageTransform:
@@ -38,6 +40,20 @@ def open_backbone(config: BackboneConfig, place: PlaceConfig) -> Backbone:
     """Load the backbone that a configuration names."""
     chosen = config.absolute()
     return load_backbone(chosen.pop("backbone"), **chosen, **place.loading())
+
+
+@torch.no_grad()
+def features_of(path: Path, backbone: Backbone) -> ImageFeatures:
+    """Features of one image file, B = 1."""
+    pixels: Tensor = image_transform(backbone)(load_image(path))
+    return backbone.encode_images(pixels[None])
+
+
+def images_in(folder: Path, *, recursive: bool = False) -> tuple[Path, ...]:
+    """The image files of a folder, of which there must be one."""
+    if not (paths := find_images(folder, recursive=recursive)):
+        raise InputError(f"image folder {folder}: expected at least one image, found none")
+    return paths
 
 
 def encoder(backbone: Backbone) -> Callable[[Tensor], dict[str, Tensor]]:

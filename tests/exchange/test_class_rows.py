@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastprompt.experiment.use import load_run
+from fastprompt.experiment.runs import load_run
 from tests.exchange.conftest import save_dassl
 from tests.exchange.test_import import NAMES, backbone, bring_in, buffers, images, names  # noqa: F401
 from tests.learners.support import padded_text

@@ -51,7 +51,7 @@ def test_the_head_classifies_with_open_clip_alone(coop_run, model_folder, capsys
     pixels = torch.randn(3, 3, size, size)
     with torch.no_grad():
         pooled = F.normalize(model.eval().encode_image(pixels), dim=-1)
-    from fastprompt.experiment.use import load_run
+    from fastprompt.experiment.runs import load_run
 
     learner = load_run(coop_run, device="cpu")
     logits = json.loads(described["logit_scale"]) * pooled @ head.T

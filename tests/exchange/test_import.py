@@ -18,7 +18,7 @@ from fastprompt.cli import main
 from fastprompt.exchange.checkpoint import read_checkpoint
 from fastprompt.exchange.config import ImportConfig
 from fastprompt.exchange.import_run import import_run
-from fastprompt.experiment.use import load_run
+from fastprompt.experiment.runs import load_run
 from tests.exchange.conftest import SGD, save_dassl, save_gallop
 from tests.learners.support import padded_text
 
