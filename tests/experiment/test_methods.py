@@ -69,7 +69,7 @@ def test_the_worked_example_in_the_folder_of_learners_is_a_method(example, tmp_p
 def test_every_option_of_every_method_is_explained(method):
     made = experiment_class(method)
     for option in fields(get_type_hints(made)["learner"]):
-        words = option.type.__metadata__[0].help
+        words = next(said.help for said in option.type.__metadata__ if said.help)
         assert len(words) > 10, f"option {option.name} of {method} has no words in the docstring's Args"
     assert len(made.__doc__) > 40
 
