@@ -8,7 +8,7 @@ TORCH ?=
 SCENES := from pathlib import Path; from fastprompt.demo.scenes import write_dataset; \
 	write_dataset(Path('SCENES'), train=2, test=1, domain_test=1, ood=1)
 
-.PHONY: help demo test oldest torture matrix bench lint format wheel clean
+.PHONY: help demo test oldest torture matrix bench lint format docs wheel clean
 
 help:
 	@echo "make demo    train zero-shot, CoOp and GalLoP on the built-in scenes; writes runs/demo/report.html"
@@ -17,6 +17,7 @@ help:
 	@echo "make torture run the tests that take minutes: many malformed inputs, many kills"
 	@echo "make matrix  install every supported pair of torch and Triton (6 GB each, an hour), and try it"
 	@echo "make bench   measure ours beside its peers; appends to benchmarks/results/"
+	@echo "make docs    build the documentation site in build/docs"
 	@echo "make wheel   build the wheel, install it by itself, and train with it"
 	@echo "make lint    check style; 'make format' repairs what can be repaired"
 
@@ -60,6 +61,12 @@ bench: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Without warnings, or not at all.
+docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --group docs
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/docs
+	@echo build/docs/index.html
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

@@ -76,11 +76,15 @@ class Learner(HubLearner, BackboneHolder, ABC):
     contexts_named: ClassVar[tuple[str, ...]] = ()
     telling: ClassVar[tuple[str, ...]] = ()
     class_specific: bool = False
+    __signature__: ClassVar[inspect.Signature]
     class_names: tuple[str, ...]
     options: dict[str, Any]
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
+        signature = inspect.signature(cls.__init__)
+        _, *parameters = signature.parameters.values()
+        cls.__signature__ = signature.replace(parameters=parameters)  # help() would show that of __new__
         if "method" not in cls.__dict__:
             return
         known = METHODS.get(cls.method, cls)
@@ -89,8 +93,7 @@ class Learner(HubLearner, BackboneHolder, ABC):
             raise InputError(f"method {cls.method!r} of {cls.__qualname__} is the name of another method, {taken}")
         if "default" not in cls.__dict__.get("recipes", {}):  # inherited ones would claim another method's numbers
             raise InputError(f"recipes of {cls.__qualname__}: expected a recipe named 'default', got none")
-        _, _, _, *others = inspect.signature(cls.__init__).parameters.values()
-        if others and (foreign := [str(one) for one in others if one.kind is not one.KEYWORD_ONLY]):
+        if foreign := [str(one) for one in parameters[2:] if one.kind is not one.KEYWORD_ONLY]:
             raise InputError(
                 f"constructor of {cls.__qualname__}: expected (self, backbone, class_names, *, options by name), got "
                 f"{foreign[0]}"  # which would not be recorded
