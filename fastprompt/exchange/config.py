@@ -15,9 +15,9 @@ from fastprompt.experiment.config import BackboneConfig, Config, Run
 class ImportConfig(BackboneConfig):
     """Turn a checkpoint of CoOp, CoCoOp, KgCoOp, ProGrad, PLOT (model.pth.tar-N) or GalLoP (.ckpt) into a run folder.
 
-    Nothing in the file is executed. Classes are named here; what the file holds of them, embedded names in order, must
-    be the same. ProGrad's becomes coop, which predicts alike. PLOT's has no pooled logits: that is as published,
-    except for ImageNet.
+    Methods of other packages read their own. Nothing in the file is executed. Classes are named here; what the file
+    holds of them, embedded names in order, must be the same. ProGrad's becomes coop, which predicts alike. PLOT's has
+    no pooled logits: that is as published, except for ImageNet.
     """
 
     file: Annotated[Positional[Path], arg(metavar="CHECKPOINT")]
