@@ -45,7 +45,8 @@ class BackboneConfig(Config):
     backbone: str = "ViT-B-16-quickgelu"
     """open_clip architecture, "hf-hub:org/model", "local-dir:folder", or "demo" for the small built-in model."""
     pretrained: str | None = None
-    """open_clip tag (such as openai; downloaded once) or a .safetensors file. Not used with the last three."""
+    """open_clip tag (such as openai; downloaded once) or a .safetensors file. Not used with the last three,
+    needed by all others."""
     device: str | None = None
     """Where it runs, such as cpu or cuda:0. Default: cuda if there is one."""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
@@ -208,7 +209,8 @@ class EvaluateConfig(FeatureConfig):
     classes: Literal["all", "base", "new"] = "all"
     """Which classes of it: all, the first half, or the second half."""
     ood: Path | None = None
-    """Folder of images of no class, at any depth; adds how well they are told apart (FPR95, AUROC)."""
+    """Folder of images of no class, at any depth; adds how well they are told apart (FPR95, AUROC).
+    Default: only images of the classes are tested."""
     ood_kind: Literal["mcm", "l-mcm", "gl-mcm"] = "gl-mcm"
     """Out-of-distribution score: of the image, of its patches, or both."""
     fpr_rule: Literal["standard", "gallop"] = "standard"
@@ -229,7 +231,7 @@ class PredictConfig(Config):
     top: int = 3
     """How many classes to show."""
     class_names: tuple[str, ...] = ()
-    """Other classes than those of the run, in its learned context."""
+    """Classes to choose from, in the learned context. Default: those of the run."""
     device: str | None = None
     """Where it runs. Default: cuda if there is one."""
 
