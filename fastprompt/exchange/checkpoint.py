@@ -152,14 +152,16 @@ def _tensor(file: Path, state: Mapping[str, Any], name: str) -> Tensor:
 
 
 def _unreadable(tensor: Tensor) -> str | None:
-    """Why a tensor is not a plain array of floating-point numbers; None if it is one."""
+    """Why a tensor is not a plain array of finite floating-point numbers; None if it is one."""
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
         return "sparse, nested, quantised or without values"
     if not tensor.is_floating_point():
         return f"of {tensor.dtype}"
+    if not tensor.numel():
+        return f"empty, of shape {tuple(tensor.shape)}"
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         return f"expanded to shape {tuple(tensor.shape)} without the values for it"
-    return None
+    return None if tensor.float().isfinite().all() else "not finite: NaN or infinity is among its numbers"
 
 
 def _arguments(file: Path, args: object) -> Mapping[str, Any]:

@@ -6,13 +6,14 @@ import re
 from typing import Any
 
 from fastprompt.backbone import Backbone, load_backbone
-from fastprompt.data import hash_files, load_dataset, readable_name, select_classes
+from fastprompt.data import load_dataset, readable_name, select_classes
 from fastprompt.documents import read_text, short
 from fastprompt.errors import InputError
 from fastprompt.exchange.checkpoint import Checkpoint, read_checkpoint
 from fastprompt.exchange.class_rows import SAME_EMBEDDING, read_class_rows
 from fastprompt.exchange.config import ImportConfig
 from fastprompt.exchange.words import token_embeddings
+from fastprompt.experiment.identity import file_identity
 from fastprompt.learners import Learner, make_learner
 from fastprompt.learners.stored import restore_learned
 from fastprompt.learners.templates import DEFAULT_TEMPLATE
@@ -45,9 +46,10 @@ def import_run(config: ImportConfig, *, backbone: Backbone | None = None) -> Run
     described = {
         "method": learner.method,
         "imported_from": config.file.resolve(),
-        "checkpoint": f"sha256 {hash_files([config.file], progress=False)[0][:16]}",
+        "checkpoint": file_identity(config.file, "checkpoint"),
         "backbone": name,
         "pretrained": weights,
+        "weights": backbone.fingerprint,
         "precision": config.precision,
         "data": None if config.data is None else config.data.resolve(),
         "split_file": None if config.split_file is None else config.split_file.resolve(),
@@ -60,8 +62,7 @@ def import_run(config: ImportConfig, *, backbone: Backbone | None = None) -> Run
     run = RunFolder.create_or_resume(config.out, described)
     with run.locked():
         if not run.complete:
-            weights_dir = None if config.weights_dir is None else str(config.weights_dir.resolve())
-            run.save_model(learner, {"options": learner.options, "weights_dir": weights_dir})
+            run.save_model(learner, config.weights_dir)
     return run
 
 
@@ -82,11 +83,10 @@ def _class_names(config: ImportConfig, keep_underscores: bool) -> tuple[str, ...
 def _check_backbone(checkpoint: Checkpoint, backbone: Backbone) -> None:
     """Raise ``InputError`` where the checkpoint was trained on another backbone, as far as it tells."""
     other = f"{checkpoint.file} was trained on another backbone than {backbone.name!r}"
-    prompts = next(iter(checkpoint.learned.values()))
-    if prompts.shape[-1] != backbone.text_width:
-        raise InputError(
-            f"{other}: its contexts are {prompts.shape[-1]} wide, and the text tower {backbone.text_width}"
-        )
+    embedded = next(iter(checkpoint.learned.values())), checkpoint.start_of_text, checkpoint.suffix
+    widths = [tensor.shape[-1] for tensor in embedded if tensor is not None]
+    if wrong := [width for width in widths if width != backbone.text_width]:
+        raise InputError(f"{other}: its tokens are {wrong[0]} wide, and those of the text tower {backbone.text_width}")
     if checkpoint.start_of_text is not None:
         start = token_embeddings(backbone)[backbone.tokenizer.start_of_text].cpu()
         if (start - checkpoint.start_of_text).abs().max() > SAME_EMBEDDING * start.abs().max():

@@ -61,6 +61,7 @@ class Learner(HubLearner, BackboneHolder, ABC):
         backbone: the frozen model.
         class_names: the C classes.
         options: the arguments beside backbone and class names from which the learner was made.
+        files: options that name files, whose contents belong to a run.
         telling: options that ``repr`` shows beside those that are not at their defaults.
         class_specific: whether learned tensors belong to single classes, so that other classes cannot be named.
     """
@@ -68,6 +69,7 @@ class Learner(HubLearner, BackboneHolder, ABC):
     method: ClassVar[str]
     learns: ClassVar[bool] = True
     recipes: ClassVar[Mapping[str, Recipe]]
+    files: ClassVar[tuple[str, ...]] = ()
     telling: ClassVar[tuple[str, ...]] = ()
     class_specific: bool = False
     class_names: tuple[str, ...]

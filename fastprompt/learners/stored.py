@@ -20,17 +20,19 @@ from fastprompt.learners.card import card_text
 if TYPE_CHECKING:
     from fastprompt.learners.base import Learner
 
-MODEL, METADATA = "model.safetensors", "fastprompt"
+MODEL = "model.safetensors"
+METADATA = "fastprompt"  # safetensors keeps strings only: ours is one JSON object under this key
 
 
 def describe(learner: Learner) -> dict[str, Any]:
-    """What a learner is made from, beside its learned tensors and its options: what JSON can hold."""
+    """What a learner is made from, beside its learned tensors: what JSON can hold."""
     return {
         "method": learner.method,
         "class_names": list(learner.class_names),
         "backbone": learner.backbone.name,
         "pretrained": learner.backbone.pretrained,
         "fingerprint": learner.backbone.fingerprint,
+        "options": learner.options,
     }
 
 
@@ -136,8 +138,7 @@ class HubLearner(ModelHubMixin, library_name="fastprompt", tags=["prompt-learnin
             settings: how it was trained, such as ``TrainingSettings``.
             accuracy: share of test images that it named right.
         """
-        described = {**describe(self), "options": self.options}
-        text = card_text(self, described, repository=repo_id, training=settings, accuracy=accuracy)
+        text = card_text(self, describe(self), repository=repo_id, training=settings, accuracy=accuracy)
         return ModelCard(text)
 
     def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **where: Any) -> str:
@@ -146,9 +147,9 @@ class HubLearner(ModelHubMixin, library_name="fastprompt", tags=["prompt-learnin
         return super().push_to_hub(repo_id, model_card_kwargs=facts, **where)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        described = {METADATA: {**describe(self), "options": self.options}}
-        write_tensors(save_directory / MODEL, self.state_dict(), {METADATA: json.dumps(described[METADATA])})
-        write_file(save_directory / "config.json", json.dumps(described, indent=2) + "\n")
+        described = describe(self)
+        write_tensors(save_directory / MODEL, self.state_dict(), {METADATA: json.dumps(described)})
+        write_file(save_directory / "config.json", json.dumps({METADATA: described}, indent=2) + "\n")
 
     @classmethod
     def _from_pretrained(
