@@ -39,7 +39,7 @@ def import_run(config: ImportConfig, *, backbone: Backbone | None = None) -> Run
     name, weights = config.backbone_and_weights()
     if backbone is None:
         place = {"device": config.device, "precision": config.precision, "cache_dir": config.weights_dir}
-        backbone = load_backbone(name, weights, **place)
+        backbone = load_backbone(name, weights, patches=config.patch_features, **place)
     _check_backbone(checkpoint, backbone)
     checkpoint = read_class_rows(checkpoint, backbone, class_names)
     learner = _learner(checkpoint, backbone, class_names, config)
@@ -51,6 +51,7 @@ def import_run(config: ImportConfig, *, backbone: Backbone | None = None) -> Run
         "pretrained": weights,
         "weights": backbone.fingerprint,
         "precision": config.precision,
+        "patch_features": config.patch_features,
         "data": None if config.data is None else config.data.resolve(),
         "split_file": None if config.split_file is None else config.split_file.resolve(),
         "keep_underscores": keep,

@@ -54,6 +54,9 @@ class BackboneConfig(Config):
     """Where it runs, such as cpu or cuda:0. Default: cuda if there is one."""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """Precision of the frozen weights; learned tensors are always float32."""
+    patch_features: Literal["value", "published"] = "value"
+    """value: as in GalLoP's code, from the value path. published: as in PLOT's, by attention pooling, which CLIP's
+    ResNets alone have."""
     weights_dir: Path | None = None
     """Where downloaded weights are kept. Default: open_clip's own folder."""
 

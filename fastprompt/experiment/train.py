@@ -90,6 +90,7 @@ def _load_backbone(config: ExperimentConfig) -> Backbone:
         weights,
         device=config.device,
         precision=config.precision,
+        patches=config.patch_features,
         cache_dir=config.weights_dir,
         memory_budget=config.memory_budget,
         cuda_graphs=config.cuda_graphs,

@@ -50,7 +50,7 @@ def load_run(
     if backbone is None:
         precision = _settings(run).precision
         place = {"device": device, "precision": precision, "cache_dir": described.weights_dir}
-        backbone = load_backbone(described.backbone, described.pretrained, **place)
+        backbone = load_backbone(described.backbone, described.pretrained, patches=described.patches, **place)
     learner = rebuild(described, tensors, backbone, run.path / MODEL)
     return learner.with_class_names(_readable(class_names, run)) if class_names else learner
 

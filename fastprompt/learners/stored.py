@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
 from fastprompt.backbone import Backbone, load_backbone
+from fastprompt.backbone.image_towers import Patches
 from fastprompt.documents import build, parse_json
 from fastprompt.errors import InputError, listed
 from fastprompt.files import read_tensors, write_file, write_tensors
@@ -31,6 +32,7 @@ def describe(learner: Learner) -> dict[str, Any]:
         "class_names": list(learner.class_names),
         "backbone": learner.backbone.name,
         "pretrained": learner.backbone.pretrained,
+        "patches": learner.backbone.patches,
         "fingerprint": learner.backbone.fingerprint,
         "options": learner.options,
     }
@@ -46,6 +48,7 @@ class Description:
         backbone: name of the backbone.
         pretrained: its weights, as ``load_backbone`` takes them.
         fingerprint: of the backbone.
+        patches: which patch features the backbone gives.
         options: from which the learner was made.
         weights_dir: where the backbone's weights were downloaded to, if not to open_clip's own folder.
     """
@@ -56,6 +59,7 @@ class Description:
     pretrained: str | None
     fingerprint: str
     options: dict[str, Any]
+    patches: Patches = "value"
     weights_dir: str | None = None
 
 
@@ -170,5 +174,6 @@ class HubLearner(ModelHubMixin, library_name="fastprompt", tags=["prompt-learnin
         if described.method != own:
             raise InputError(f"{file} holds a learner of {described.method}, not of {own}")
         if backbone is None:
-            backbone = load_backbone(described.backbone, described.pretrained, device=device, precision=precision)
+            place = {"device": device, "precision": precision, "patches": described.patches}
+            backbone = load_backbone(described.backbone, described.pretrained, **place)
         return rebuild(described, learned, backbone, file)

@@ -95,7 +95,7 @@ def test_pickles_leave_the_backbone_out_and_take_it_again(vit_backbone, features
     assert len(written) < 6000 + 2 * sum(4 * parameter.numel() for parameter in learner.parameters())
     again = pickle.loads(written)  # noqa: S301
     assert repr(again) == repr(learner)
-    with pytest.raises(InputError, match=r"set learner.backbone = load_backbone\('test', 'random'\)"):
+    with pytest.raises(InputError, match=r"set learner.backbone = load_backbone\('test', 'random', patches='value'\)"):
         again.predict(features)
     again.backbone = vit_backbone
     assert torch.equal(again.predict(features), before)

@@ -215,7 +215,7 @@ def test_model_holds_tensors_and_metadata_and_completes_the_run(run, toy):
     assert tensors.keys() == {"weight", "bias"} and torch.equal(tensors["weight"], learner.weight)
     assert metadata == {
         "method": "toy", "class_names": ["class 0", "class 1", "class 2", "class 3"], "backbone": "toy-tower",
-        "pretrained": None, "fingerprint": "f00d", "options": {"k": [5, 10]},
+        "pretrained": None, "patches": "value", "fingerprint": "f00d", "options": {"k": [5, 10]},
         "weights_dir": str(Path("weights").resolve()),
     }  # fmt: skip
     with safe_open(run.path / "model.safetensors", "pt") as file:
