@@ -46,8 +46,8 @@ class Train:
 class ListRecipes:
     """List the recipes of all methods, or those of one by data set."""
 
-    method: Annotated[Positional[str | None], arg(metavar="[METHOD]")] = None
-    """Method, such as gallop."""
+    method: Annotated[Positional[str | None], arg(metavar="[METHOD]", help_behavior_hint="")] = None
+    """Method, such as gallop. Default: all of them."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Doctor:
     """Show versions, devices, which kernels can run here and why others cannot, and what a backbone supports."""
 
     backbone: str | None = None
-    """An open_clip architecture to look at; nothing is downloaded."""
+    """An open_clip architecture to look at; nothing is downloaded. Default: none."""
 
 
 @dataclass(frozen=True)
@@ -99,17 +99,17 @@ class Demo:
     """Folder for images, runs and report.html. An unfinished demo there is resumed."""
 
 
-OTHER_COMMANDS = (
-    Annotated[EvaluateConfig, subcommand("evaluate")]
-    | Annotated[PredictConfig, subcommand("predict")]
-    | Annotated[ExplainConfig, subcommand("explain")]
-    | Annotated[Recipes, subcommand("recipes")]
-    | Annotated[ImportConfig, subcommand("import")]
-    | Annotated[ExportConfig, subcommand("export")]
-    | Annotated[WordsConfig, subcommand("words")]
-    | Annotated[Doctor, subcommand("doctor")]
-    | Annotated[Demo, subcommand("demo")]
-)
+OTHER_COMMANDS = {
+    "evaluate": EvaluateConfig,
+    "predict": PredictConfig,
+    "explain": ExplainConfig,
+    "recipes": Recipes,
+    "import": ImportConfig,
+    "export": ExportConfig,
+    "words": WordsConfig,
+    "doctor": Doctor,
+    "demo": Demo,
+}
 
 
 def _with_method(arguments: Sequence[str]) -> list[str]:
@@ -146,59 +146,18 @@ def _train(arguments: Sequence[str]) -> type[Train]:
     return made
 
 
-def run(
-    command: Train
-    | EvaluateConfig
-    | PredictConfig
-    | ExplainConfig
-    | Recipes
-    | ImportConfig
-    | ExportConfig
-    | WordsConfig
-    | Doctor
-    | Demo,
-) -> None:
+def run(command: object) -> None:
     """Carry out one command and print what came of it."""
-    # Imports stand here so that --help and usage errors do not wait for torch and open_clip.
+    # Here and below, imports stand where they are used, so that --help and usage errors do not wait for torch.
     match command:
         case Train(options):
-            from fastprompt.experiment.recipes import resolved_recipe
-            from fastprompt.experiment.train import train_run
-
-            config = options.flat()
-            print(resolved_recipe(config))
-            trained = train_run(config)
-            if trained.found:
-                print(f"\n{trained.run.path} is complete: nothing was trained")
-            print(f"\n{trained.table.to_text()}\n\nrun folder: {trained.run.path}")
-        case EvaluateConfig():
-            from fastprompt.experiment.use import evaluate_run
-
-            print(f"\n{evaluate_run(command).to_text()}")
-        case PredictConfig():
-            from fastprompt.experiment.use import predict_images
-
-            for path, classes in predict_images(command):
-                print(f"{path}: " + ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in classes))
-        case ExplainConfig():
-            from fastprompt.experiment.use import explain_image
-
-            path, name = explain_image(command)
-            print(f"patches that speak for {name!r}: {path}")
+            _train_and_test(options.flat())
         case Recipes(action):
             print(_recipes(action))
-        case ImportConfig():
-            from fastprompt.exchange.import_run import import_run
-
-            print(f"run folder: {import_run(command).path}")
-        case ExportConfig():
-            from fastprompt.exchange.export import export_run
-
-            print(export_run(command))
-        case WordsConfig():
-            from fastprompt.exchange.words import words_of_run
-
-            print(words_of_run(command))
+        case EvaluateConfig() | PredictConfig() | ExplainConfig():
+            _use(command)
+        case ImportConfig() | ExportConfig() | WordsConfig():
+            print(_exchange(command))
         case Doctor(backbone):
             from fastprompt.doctor import examine
 
@@ -207,6 +166,47 @@ def run(
             from fastprompt.demo.page import run_demo
 
             print(run_demo(out))
+
+
+def _train_and_test(config: ExperimentConfig) -> None:
+    from fastprompt.experiment.recipes import resolved_recipe
+    from fastprompt.experiment.train import train_run
+
+    print(resolved_recipe(config))
+    trained = train_run(config)
+    if trained.found:
+        print(f"\n{trained.run.path} is complete: nothing was trained")
+    print(f"\n{trained.table.to_text()}\n\nrun folder: {trained.run.path}")
+
+
+def _use(command: EvaluateConfig | PredictConfig | ExplainConfig) -> None:
+    from fastprompt.experiment.use import evaluate_run, explain_image, predict_images
+
+    match command:
+        case EvaluateConfig():
+            print(f"\n{evaluate_run(command).to_text()}")
+        case PredictConfig():
+            for path, classes in predict_images(command):
+                print(f"{path}: " + ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in classes))
+        case ExplainConfig():
+            path, name = explain_image(command)
+            print(f"patches that speak for {name!r}: {path}")
+
+
+def _exchange(command: ImportConfig | ExportConfig | WordsConfig) -> str | Path:
+    match command:
+        case ImportConfig():
+            from fastprompt.exchange.import_run import import_run
+
+            return f"run folder: {import_run(command).path}"
+        case ExportConfig():
+            from fastprompt.exchange.export import export_run
+
+            return export_run(command)
+        case WordsConfig():
+            from fastprompt.exchange.words import words_of_run
+
+            return words_of_run(command)
 
 
 def _recipes(action: ListRecipes | ShowRecipe | CopyRecipe) -> str:
@@ -249,7 +249,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _command(arguments: Sequence[str]) -> Any:
     """The command that the arguments stand for."""
     arguments = _with_method(arguments)
-    commands = Union[Annotated[_train(arguments), subcommand("train")], OTHER_COMMANDS]  # noqa: UP007
+    from fastprompt.experiment.option_groups import described
+
+    kinds = {"train": _train(arguments), **{name: described(kind) for name, kind in OTHER_COMMANDS.items()}}
+    commands = Union[tuple(Annotated[kind, subcommand(name)] for name, kind in kinds.items())]  # noqa: UP007
     return parsed(
         lambda: tyro.cli(
             commands,

@@ -139,16 +139,18 @@ def _read(file: Path) -> Any:
 
 
 def _unreadable(tensor: object) -> str | None:
-    """Why something is not a plain array of floating-point numbers; None if it is one."""
+    """Why something is not a plain array of finite floating-point numbers; None if it is one."""
     if not isinstance(tensor, Tensor):
         return f"a {type(tensor).__name__}"
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
         return "sparse, nested, quantised or without values"
     if not tensor.is_floating_point():
         return f"of {tensor.dtype}"
+    if not tensor.numel():
+        return f"empty, of shape {tuple(tensor.shape)}"
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         return f"expanded to shape {tuple(tensor.shape)} without the values for it"
-    return None
+    return None if tensor.float().isfinite().all() else "not finite: NaN or infinity is among its numbers"
 
 
 def _shown(name: str, value: Any) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 
 from fastprompt.backbone import Backbone, load_backbone
-from fastprompt.data import hash_files, load_dataset, readable_name, select_classes
+from fastprompt.data import load_dataset, readable_name, select_classes
 from fastprompt.documents import read_text
 from fastprompt.errors import InputError
 from fastprompt.exchange.checkpoint import ROWS, Checkpoint, read_checkpoint
 from fastprompt.exchange.class_rows import SAME_EMBEDDING, read_class_rows
 from fastprompt.exchange.config import ImportConfig
 from fastprompt.exchange.words import token_embeddings
+from fastprompt.experiment.identity import file_identity
 from fastprompt.learners import make_learner
 from fastprompt.learners.stored import restore_learned
 from fastprompt.learners.templates import DEFAULT_TEMPLATE
@@ -37,7 +38,7 @@ def import_run(config: ImportConfig, *, backbone: Backbone | None = None) -> Run
     name, weights = config.backbone_and_weights()
     if backbone is None:
         place = {"device": config.device, "precision": config.precision, "cache_dir": config.weights_dir}
-        backbone = load_backbone(name, weights, **place)
+        backbone = load_backbone(name, weights, patches=config.patch_features, **place)
     _check_backbone(checkpoint, backbone)
     checkpoint = read_class_rows(checkpoint, backbone, class_names)
     options = checkpoint.options()
@@ -48,10 +49,12 @@ def import_run(config: ImportConfig, *, backbone: Backbone | None = None) -> Run
     described = {
         "method": learner.method,
         "imported_from": config.file.resolve(),
-        "checkpoint": f"sha256 {hash_files([config.file], progress=False)[0][:16]}",
+        "checkpoint": file_identity(config.file, "checkpoint"),
         "backbone": name,
         "pretrained": weights,
+        "weights": backbone.fingerprint,
         "precision": config.precision,
+        "patch_features": config.patch_features,
         "data": None if config.data is None else config.data.resolve(),
         "split_file": None if config.split_file is None else config.split_file.resolve(),
         "keep_underscores": keep,
@@ -63,8 +66,7 @@ def import_run(config: ImportConfig, *, backbone: Backbone | None = None) -> Run
     run = RunFolder.create_or_resume(config.out, described)
     with run.locked():
         if not run.complete:
-            weights_dir = None if config.weights_dir is None else str(config.weights_dir.resolve())
-            run.save_model(learner, {"options": learner.options, "weights_dir": weights_dir})
+            run.save_model(learner, config.weights_dir)
     return run
 
 
@@ -85,9 +87,12 @@ def _class_names(config: ImportConfig, keep_underscores: bool) -> tuple[str, ...
 def _check_backbone(checkpoint: Checkpoint, backbone: Backbone) -> None:
     """Raise ``InputError`` where the checkpoint was trained on another backbone, as far as it tells."""
     other = f"{checkpoint.file} was trained on another backbone than {backbone.name!r}"
-    for width in (checkpoint.learned[name].shape[-1:] for name in checkpoint.learner.contexts_named):
-        if width != (backbone.text_width,):
-            raise InputError(f"{other}: its contexts are {width[0]} wide, and the text tower {backbone.text_width}")
+    read = [checkpoint.learned[name] for name in checkpoint.learner.contexts_named]
+    widths = [
+        tensor.shape[-1] for tensor in (*read, *(checkpoint.state[name] for name in ROWS if name in checkpoint.state))
+    ]
+    if wrong := [width for width in widths if width != backbone.text_width]:
+        raise InputError(f"{other}: its tokens are {wrong[0]} wide, and those of the text tower {backbone.text_width}")
     if ROWS[0] in checkpoint.state:
         start = token_embeddings(backbone)[backbone.tokenizer.start_of_text].cpu()
         if (start - checkpoint.state[ROWS[0]][0, 0]).abs().max() > SAME_EMBEDDING * start.abs().max():

@@ -48,10 +48,8 @@ def training_source(
         progress: whether to show bars.
 
     Raises:
-        InputError: views without augmentation, a number of views below 0, or an image that cannot be read.
+        InputError: an image cannot be read.
     """
-    if config.views < 0 or (config.views and not config.augment):
-        raise InputError(f"views: expected at least 0, and 0 without --augment, got {config.views}")
     if not config.augment:
         return feature_source(images, backbone, config, progress=progress, what="training images")
     read = KeptImages(images.paths, backbone.device, config.image_memory)
@@ -134,8 +132,6 @@ def _view_source(
     images: LabelledImages, read: KeptImages, backbone: Backbone, config: TrainConfig, progress: bool
 ) -> ViewSource:
     """Every view has a feature cache of its own, kept like that of images without augmentation."""
-    if not config.cache:
-        raise InputError(f"views: {config.views} views are kept in the feature cache, but --no-cache is given")
     encode, views = encoder(backbone), []
     transform = image_transform(backbone).description
     for view in range(config.views):

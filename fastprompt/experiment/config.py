@@ -36,6 +36,9 @@ class Config:
             check_number(value, setting.name)
             if isinstance(value, Path):
                 object.__setattr__(self, setting.name, home_path(value))
+            if isinstance(value, tuple):
+                found = tuple(home_path(one) if isinstance(one, Path) else one for one in value)
+                object.__setattr__(self, setting.name, found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +48,15 @@ class BackboneConfig(Config):
     backbone: str = "ViT-B-16-quickgelu"
     """open_clip architecture, "hf-hub:org/model", "local-dir:folder", or "demo" for the small built-in model."""
     pretrained: str | None = None
-    """open_clip tag (such as openai; downloaded once) or a .safetensors file. Not used with the last three."""
+    """open_clip tag (such as openai; downloaded once) or a .safetensors file. Not used with the last three,
+    needed by all others."""
     device: str | None = None
     """Where it runs, such as cpu or cuda:0. Default: cuda if there is one."""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """Precision of the frozen weights; learned tensors are always float32."""
+    patch_features: Literal["value", "published"] = "value"
+    """value: as in GalLoP's code, from the value path. published: as in PLOT's, by attention pooling, which CLIP's
+    ResNets alone have."""
     weights_dir: Path | None = None
     """Where downloaded weights are kept. Default: open_clip's own folder."""
 
@@ -58,8 +65,8 @@ class BackboneConfig(Config):
         name, weights = self.backbone, self.pretrained
         if name.startswith(LOCAL):
             name = f"{LOCAL}{home_path(name.removeprefix(LOCAL)).resolve()}"
-        if weights is not None and Path(weights).is_file():
-            weights = str(Path(weights).resolve())
+        if weights is not None and (file := home_path(weights)).is_file():
+            weights = str(file.resolve())
         return name, weights
 
 
@@ -103,6 +110,7 @@ class ExperimentConfig(DataConfig, TextConfig, BackboneConfig, FeatureConfig):
 
     method: ClassVar[str]
     own_options: ClassVar[tuple[str, ...]]
+    files: ClassVar[tuple[str, ...]]  # those of its own options that name files
     made_for: ClassVar[str]
 
     recipe: str = "default"
@@ -125,8 +133,14 @@ class ExperimentConfig(DataConfig, TextConfig, BackboneConfig, FeatureConfig):
         return self.classes
 
     def learner_options(self) -> dict[str, Any]:
-        """Arguments of the method's learner."""
-        return {name: getattr(self, name) for name in self.own_options}
+        """Arguments of the method's learner, files with absolute paths: a run is used from other folders, too."""
+        options = {name: getattr(self, name) for name in self.own_options}
+        return options | {name: str(file) for name, file in self.learner_files().items()}
+
+    def learner_files(self) -> dict[str, Path]:
+        """The files that the method's learner reads, by the options that name them."""
+        given = {name: getattr(self, name) for name in self.files}
+        return {name: home_path(file).resolve() for name, file in given.items() if file is not None}
 
     def settings(self) -> TrainingSettings | None:
         """How the learner is trained; None where nothing is."""
@@ -138,6 +152,7 @@ class ExperimentConfig(DataConfig, TextConfig, BackboneConfig, FeatureConfig):
         elsewhere |= {"device", "weights_dir", "memory_budget", "cuda_graphs", "out", "image_memory"}
         chosen = {name: value for name, value in asdict(self).items() if name not in elsewhere}
         chosen |= {name: path.resolve() for name, path in chosen.items() if isinstance(path, Path)}
+        chosen |= self.learner_options()
         chosen["backbone"], chosen["pretrained"] = self.backbone_and_weights()
         if self.recipe.endswith(".json"):
             chosen["recipe"] = home_path(self.recipe).resolve()
@@ -175,6 +190,13 @@ class TrainConfig(ExperimentConfig):
     zero_shot_template: str = "a photo of a {}."
     """Sentence of the zero-shot row that the result is compared with. Default: the one of the recipe's data set."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.views < 0 or (self.views and not self.augment):
+            raise InputError(f"views: expected at least 0, and 0 without --augment, got {self.views}")
+        if self.views and not self.cache:
+            raise InputError(f"views: {self.views} views are kept in the feature cache, but --no-cache is given")
+
     @property
     def run_name(self) -> str:
         """Such as shots16-seed1, or shots16-seed1-base."""
@@ -208,7 +230,8 @@ class EvaluateConfig(FeatureConfig):
     classes: Literal["all", "base", "new"] = "all"
     """Which classes of it: all, the first half, or the second half."""
     ood: Path | None = None
-    """Folder of images of no class, at any depth; adds how well they are told apart (FPR95, AUROC)."""
+    """Folder of images of no class, at any depth; adds how well they are told apart (FPR95, AUROC).
+    Default: only images of the classes are tested."""
     ood_kind: Literal["mcm", "l-mcm", "gl-mcm"] = "gl-mcm"
     """Out-of-distribution score: of the image, of its patches, or both."""
     fpr_rule: Literal["standard", "gallop"] = "standard"
@@ -229,7 +252,7 @@ class PredictConfig(Config):
     top: int = 3
     """How many classes to show."""
     class_names: tuple[str, ...] = ()
-    """Other classes than those of the run, in its learned context."""
+    """Classes to choose from, in the learned context. Default: those of the run."""
     device: str | None = None
     """Where it runs. Default: cuda if there is one."""
 

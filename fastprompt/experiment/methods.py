@@ -37,12 +37,12 @@ def train_config(method: str, recipe: str = "default") -> type[ExperimentConfig]
     settings = [("recipe", str, field(default=recipe))]
     if learner.learns:
         settings.append(("zero_shot_template", str, field(default=_zero_shot_template(chosen, recipe))))
-    namespace = {"method": learner.method, "own_options": tuple(options), "made_for": recipe, "__module__": __name__}
+    namespace = {"method": learner.method, "own_options": tuple(options), "files": learner.files, "made_for": recipe}
     made = make_dataclass(
         f"Train{learner.__name__}",
         [*settings, *((name, *typed) for name, typed in options.items())],
         bases=(base,),
-        namespace=namespace,
+        namespace=namespace | {"__module__": __name__},
         frozen=True,
         kw_only=True,
     )

@@ -1,16 +1,16 @@
-"""The settings of a training run in groups, so that the help of the command line shows them by what they are about."""
+"""What the help of the command line says of settings: those of a training run by what they are about."""
 
 from __future__ import annotations
 
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import docstring_parser
 from tyro.conf import arg
 
-from fastprompt.experiment.config import BackboneConfig, ExperimentConfig, FeatureConfig, TextConfig, TrainConfig
+from fastprompt.experiment.config import BackboneConfig, ExperimentConfig, FeatureConfig, TextConfig
 
 # Where a setting is looked for; what is in no group is an option of the method itself.
 GROUPS = {
@@ -29,7 +29,9 @@ WORDS = {
     "features": "How images become features, and what is kept of them.",
     "output": "What is written, and what the result is compared with.",
 }
-PLAIN = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
+PLAIN = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH", bool: "{True,False}"}
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,9 @@ def grouped(config: type[ExperimentConfig]) -> type[Grouped]:
         config: of one method, by ``train_config``.
     """
     group_of = {name: group for group, names in GROUPS.items() for name in names}
-    hints, kinds = get_type_hints(config, include_extras=True), get_type_hints(config)
     members: dict[str, list] = {group: [] for group in GROUPS}
-    for setting in fields(config):
-        group = group_of.get(setting.name, "method")
-        hint = _described(setting, hints[setting.name], kinds[setting.name])
-        members[group].append((setting.name, hint, _copied(setting)))
+    for setting in _settings(config):
+        members[group_of.get(setting[0], "method")].append(setting)
     made = []
     for group, settings in members.items():
         if settings:
@@ -68,21 +67,40 @@ def grouped(config: type[ExperimentConfig]) -> type[Grouped]:
     return whole
 
 
-def _copied(setting: Field) -> Any:
-    return field() if setting.default is MISSING else field(default=setting.default)
+def described(config: type[T]) -> type[T]:
+    """The class by which the command line reads a configuration that has no groups; its instances are of both."""
+    made = make_dataclass(config.__name__, _settings(config), bases=(config,), frozen=True, kw_only=True)
+    made.__doc__ = config.__doc__
+    return made
 
 
-def _described(setting: Field, hint: Any, kind: Any) -> Any:
-    """The type of a setting with its words; None, which stands for a default that the words tell, is not mentioned."""
-    said: dict[str, Any] = {"help": words} if (words := _words().get(setting.name)) else {}
-    if setting.default is None:
+def _settings(config: type) -> list[tuple[str, Any, Any]]:
+    """The fields of a configuration, as ``make_dataclass`` takes them."""
+    hints, kinds, words = get_type_hints(config, include_extras=True), get_type_hints(config), _words(config)
+    return [
+        (
+            setting.name,
+            _described(setting, hints[setting.name], kinds[setting.name], words.get(setting.name)),
+            field() if setting.default is MISSING else field(default=setting.default),
+        )
+        for setting in fields(config)
+    ]
+
+
+def _described(setting: Field, hint: Any, kind: Any, words: str | None) -> Any:
+    """The type of a setting with its words; nothing, which stands for a default that these tell, is not mentioned."""
+    said: dict[str, Any] = {"help": words} if words else {}
+    if setting.default in (None, ()):
         said["help_behavior_hint"] = ""
+    elif setting.default is MISSING:
+        said["help_behavior_hint"] = "(required)"
+    if setting.default is None and get_origin(hint) is not Annotated:  # which would bring a name of its own
         said["metavar"] = "|".join(PLAIN[kind] for kind in get_args(kind) if kind is not type(None))
     return Annotated[hint, arg(**said)]
 
 
 @cache
-def _words() -> dict[str, str]:
-    """What the configuration classes say of their settings; those of a method bring their words themselves."""
-    parsed = (docstring_parser.parse_from_object(parent) for parent in TrainConfig.__mro__[:-1])
+def _words(config: type) -> dict[str, str]:
+    """What configuration classes say of their settings; those of a method bring their words themselves."""
+    parsed = (docstring_parser.parse_from_object(parent) for parent in reversed(config.__mro__[:-1]))
     return {entry.arg_name: " ".join(entry.description.split()) for found in parsed for entry in found.params}

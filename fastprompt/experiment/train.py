@@ -55,8 +55,9 @@ class TrainedRun:
 def train_run(config: ExperimentConfig, *, backbone: Backbone | None = None, progress: bool = True) -> TrainedRun:
     """Train and test one learner as configured; what can be wrong with the input is checked before the long work.
 
-    An unfinished run in the same folder is resumed; of a finished one the results are read. The contents of the data
-    belong to what is compared. No other process may work on the folder meanwhile.
+    An unfinished run in the same folder is resumed; of a finished one the results are read, and no file is written that
+    is there. The contents of the data and the weights of the backbone belong to what is compared. No other process may
+    work on the folder meanwhile.
 
     Args:
         config: what to do.
@@ -73,14 +74,17 @@ def train_run(config: ExperimentConfig, *, backbone: Backbone | None = None, pro
     if isinstance(config, TrainConfig):
         train = few_shot(train, config.shots or None, config.seed, config.sampler)
     train = select_classes(train, config.classes)  # after the draw, as published
-    asked = config.resolved() | data_identity(config, dataset, train, progress=progress)
+    backbone = backbone or _load_backbone(config)
+    asked = config.resolved() | {"weights": backbone.fingerprint}
+    asked |= data_identity(config, dataset, train, progress=progress)
     run = RunFolder.create_or_resume(config.out or default_run_folder(config, dataset), asked)
     with run.locked():
         found = run.complete and bool(run.metrics(EVALUATION))
         if not found:
-            _train_and_test(run, config, dataset, train, backbone or _load_backbone(config), progress)
+            _train_and_test(run, config, dataset, train, backbone, progress)
         table = results_table(run, dataset.name)
-        _write_report(config, run, table)
+        if not found or not (run.path / REPORT).exists():
+            _write_report(config, run, table)
     return TrainedRun(run, table, found)
 
 
@@ -91,6 +95,7 @@ def _load_backbone(config: ExperimentConfig) -> Backbone:
         weights,
         device=config.device,
         precision=config.precision,
+        patches=config.patch_features,
         cache_dir=config.weights_dir,
         memory_budget=config.memory_budget,
         cuda_graphs=config.cuda_graphs,
@@ -108,16 +113,20 @@ def _train_and_test(
     """Do what the run still lacks of training, saving and testing."""
     learner, *peers = _learners(config, backbone, train.class_names)
     learner.check()
-    tests = _tests(dataset, backbone, config, progress)
+    parts = ("all",) if config.classes == "all" else ("base", "new")
+    images = {part: select_classes(dataset.test, part) for part in parts}
     for row in (learner, *peers):
-        for _, class_names in tests.values():
-            row.with_class_names(class_names)  # checks that they fit
+        for some in images.values():
+            row.with_class_names(some.class_names)  # checks that they fit, before any image is encoded
+    tests = {
+        part: (feature_source(some, backbone, config, progress=progress, what="test images"), some.class_names)
+        for part, some in images.items()
+    }
     if isinstance(config, TrainConfig):
         source = training_source(train, backbone, config, progress=progress)
         fit(learner, source, config.settings(), run=run, progress=progress)
     if not run.complete:
-        weights_dir = None if config.weights_dir is None else str(config.weights_dir.resolve())
-        run.save_model(learner, {"options": learner.options, "weights_dir": weights_dir})
+        run.save_model(learner, config.weights_dir)
     run.log(EVALUATION, results={row.method: _test(row, tests, progress) for row in (*peers, learner)})
 
 
@@ -136,18 +145,6 @@ def _learners(config: ExperimentConfig, backbone: Backbone, class_names: Sequenc
     torch.manual_seed(config.seed)  # random contexts
     learner = make_learner(config.method, backbone, class_names, **config.learner_options())
     return [learner, ZeroShot(backbone, class_names, template=config.zero_shot_template)]
-
-
-def _tests(
-    dataset: Dataset, backbone: Backbone, config: ExperimentConfig, progress: bool
-) -> dict[str, tuple[FeatureSource, tuple[str, ...]]]:
-    """Test images as features, and their class names: "all", or "base" and "new" where only base classes are known."""
-    parts = ("all",) if config.classes == "all" else ("base", "new")
-    images = {part: select_classes(dataset.test, part) for part in parts}
-    return {
-        part: (feature_source(some, backbone, config, progress=progress, what="test images"), some.class_names)
-        for part, some in images.items()
-    }
 
 
 def _test(

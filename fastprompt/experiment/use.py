@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fastprompt.backbone import Backbone, ImageFeatures, load_backbone
+from fastprompt.backbone.class_tokens import check_class_names
 from fastprompt.data import find_images, load_dataset, load_image, readable_name, select_classes
 from fastprompt.documents import build, check_object
-from fastprompt.errors import InputError
+from fastprompt.errors import InputError, listed
 from fastprompt.evaluation import Row, evaluate_accuracy, ood_detection
 from fastprompt.experiment.config import EvaluateConfig, ExplainConfig, PredictConfig
 from fastprompt.experiment.sources import feature_source, image_transform, split_of, unlabelled
@@ -50,14 +51,15 @@ def load_run(
     if backbone is None:
         precision = _settings(run).precision
         place = {"device": device, "precision": precision, "cache_dir": described.weights_dir}
-        backbone = load_backbone(described.backbone, described.pretrained, **place)
+        backbone = load_backbone(described.backbone, described.pretrained, patches=described.patches, **place)
     learner = rebuild(described, tensors, backbone, run.path / MODEL)
     return learner.with_class_names(_readable(class_names, run)) if class_names else learner
 
 
 def _readable(class_names: Sequence[str], run: RunFolder) -> list[str]:
     keep = _settings(run).keep_underscores
-    names = [readable_name(name, keep, f"class_names: name {number}") for number, name in enumerate(class_names, 1)]
+    given = enumerate(check_class_names(class_names), 1)
+    names = [readable_name(name, keep, f"class_names: name {number}") for number, name in given]
     if repeated := [name for number, name in enumerate(names) if name in names[:number]]:
         raise InputError(f"class_names: expected every class once, got {repeated[0]!r} twice")
     return names
@@ -169,8 +171,8 @@ def _class_index(learner: Learner, class_name: str | None, features: ImageFeatur
         return int(learner.predict(features)[0].argmax())
     if class_name not in learner.class_names:
         raise InputError(
-            f"class_name: {class_name!r} is not one of the {len(learner.class_names)} classes of this run "
-            f"({', '.join(learner.class_names[:5])}, ...)"
+            f"class_name: expected one of the {len(learner.class_names)} classes of this run "
+            f"({listed(learner.class_names)}), got {class_name!r}"
         )
     return learner.class_names.index(class_name)
 

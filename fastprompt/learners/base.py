@@ -56,6 +56,7 @@ class Learner(HubLearner, BackboneHolder, ABC):
         method: name of the method, as on the command line.
         learns: whether there is anything to train.
         recipes: how the method was published: "default", and by data set where that differs.
+        files: options that name files, whose contents belong to a run.
         reads: what ``forward`` and ``loss`` read of an image: ``POOLED``, or ``PATCHES`` for both.
         fixed_text: whether an image is compared with the same text features as every other.
         independent_images: whether the scores of an image do not depend on the other images of its batch.
@@ -79,6 +80,7 @@ class Learner(HubLearner, BackboneHolder, ABC):
     contexts_named: ClassVar[tuple[str, ...]] = ()
     foreign_names: ClassVar[Mapping[str, str | None]] = {}
     keeps_underscores: ClassVar[bool] = False
+    files: ClassVar[tuple[str, ...]] = ()
     telling: ClassVar[tuple[str, ...]] = ()
     class_specific: bool = False
     __signature__: ClassVar[inspect.Signature]

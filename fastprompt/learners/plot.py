@@ -28,8 +28,8 @@ class PLOT(TextLearner):
     by a rule that looks at the whole batch, so a logit depends slightly on the other images of its batch. This follows
     the published code, with contexts shared by all classes.
 
-    That code has a ResNet-50 whose patches went through attention pooling; here they are the value-path features of
-    ``Backbone.encode_images``.
+    That code has a ResNet-50 whose patches went through attention pooling: ``load_backbone(..., patches="published")``
+    gives these. By default they are the value-path features of ``Backbone.encode_images``.
 
     Args:
         backbone: the frozen model.

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fastprompt.cli import main
+from fastprompt.cli import OTHER_COMMANDS, Recipes, main
 from fastprompt.errors import InputError
 from fastprompt.experiment.methods import train_config
-from fastprompt.experiment.option_groups import GROUPS, grouped
+from fastprompt.experiment.option_groups import GROUPS, _words, grouped
 from fastprompt.learners import METHODS
 
 OURS = sorted(name for name, cls in METHODS.items() if cls.__module__.startswith("fastprompt.learners."))
@@ -71,9 +71,21 @@ def test_help_of_all_commands_lists_them(capsys):
         (("words",), "RUN"),
         (("import",), "CHECKPOINT"),
         (("recipes", "show"), "METHOD [RECIPE]"),
+        (("recipes", "ls"), "[METHOD]"),
         (("recipes", "copy"), "METHOD RECIPE FILE.json"),
+        (("doctor",), ""),
+        (("demo",), ""),
     ],
 )
-def test_positional_arguments_have_names(capsys, command, usage):
-    said = " ".join(help_of(capsys, *command).split("\n\n")[0].split())
-    assert re.search(rf" {re.escape(usage)}( \[?--|$)", said), said
+def test_help_names_positional_arguments_and_tells_what_happens_by_default(capsys, command, usage):
+    said = help_of(capsys, *command)
+    head = " ".join(said.split("\n\n")[0].split())
+    assert re.search(rf" {re.escape(usage)}( ?\[?--|$)", head), head
+    assert "None" not in said and "(default: )" not in said
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OTHER_COMMANDS.values() if kind is not Recipes])
+def test_settings_that_may_be_left_out_say_what_happens_then(kind):
+    words = _words(kind)
+    left_out = [setting.name for setting in fields(kind) if setting.default in (None, ())]
+    assert [name for name in left_out if not re.search("Default: |needed by all others", words[name])] == []
