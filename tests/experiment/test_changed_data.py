@@ -80,6 +80,7 @@ def test_changed_descriptions_are_noticed(photos, common, capsys, tmp_path):
     assert "descriptions_contents = sha256 " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_second_process_on_a_run_names_the_first(photos, common, capsys, tmp_path):
     program = "import sys; from fastprompt.cli import main; sys.exit(main(sys.argv[1:]))"
     command = ["train", "coop", str(photos), *common, "--epochs", "1000000", "--out", "run"]

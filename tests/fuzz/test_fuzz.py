@@ -35,6 +35,7 @@ def test_every_command_works_while_nothing_is_spoiled(world):
         assert judge(home, replace(case, expects="success")) == ("works", None)
 
 
+@pytest.mark.slow
 def test_two_cases_of_every_kind(world):
     found = hunt(*world, seed=1, numbers=range(2 * len(KINDS)))
     print(found)
