@@ -50,3 +50,17 @@ for name, text in reference_pages.pages().items():
     file = DOCS / "reference" / f"{name}.rst"
     if not file.exists() or file.read_text(encoding="utf-8") != text:  # what did not change is not read again
         file.write_text(text, encoding="utf-8")
+
+
+def literal_blocks(*event: object) -> None:
+    """Indented blocks of docstrings are formulas or code, but for those of Google's sections."""
+    lines = event[-1]
+    for number in range(len(lines) - 1, 1, -1):
+        above, between, here = lines[number - 2 : number + 1]
+        if here[:1] == " " and not between and above[:1].strip():
+            lines[number:number] = ["::", ""]
+
+
+def setup(app: object) -> None:
+    """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", literal_blocks, priority=400)  # before napoleon reads the sections

@@ -19,6 +19,7 @@ VALUES = {
     "Images": "What training and tests take in place of a source: see `as_source`.",
     "MEASURES": "Columns of tables by the name of their measure.",
     "METHODS": "Classes of learners by the name of their method.",
+    "OPERATIONS": "Operations by name: the implementations of each, and why one cannot run on a device.",
     "OOD_KINDS": "Names of out-of-distribution scores.",
 }
 

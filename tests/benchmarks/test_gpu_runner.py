@@ -179,6 +179,7 @@ def _alive(pid):
     return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True])
 def test_a_kill_at_any_write_of_the_results_loses_nothing(steps, after):
     """Of the process that runs the steps, before and after each of its writes to the disk."""

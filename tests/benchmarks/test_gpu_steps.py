@@ -166,6 +166,7 @@ def models(monkeypatch):
 BY_COMMAND = ("environment", "values", "candidates", "sweep")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [step.name for step in STEPS if step.name not in BY_COMMAND])
 def test_every_item_of_a_quick_rehearsal_is_right(step, plan, models, monkeypatch):
     """In this process; those below in processes of their own."""
@@ -176,6 +177,7 @@ def test_every_item_of_a_quick_rehearsal_is_right(step, plan, models, monkeypatc
     assert all("left_out" not in row for row in rows)
 
 
+@pytest.mark.slow
 def test_rehearsed_by_the_command(tmp_path):
     """Some steps, each in processes of its own; all of them: ``python -m benchmarks gpu --rehearse``."""
     out = tmp_path / "out"
@@ -206,6 +208,7 @@ sys.meta_path = [Finder if finder is PathFinder else finder for finder in sys.me
 """
 
 
+@pytest.mark.slow
 def test_where_little_more_than_torch_and_triton_is_installed(tmp_path):
     (tmp_path / "sitecustomize.py").write_text('HIDDEN = ["open_clip", "ftfy", "wcwidth"]' + HIDING)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -227,6 +230,7 @@ def test_without_a_package_that_every_step_needs_nothing_is_begun(monkeypatch, c
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_no_step_needs_the_packages_of_the_command_line(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("HIDDEN = []" + HIDING)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -106,6 +106,7 @@ def test_words_that_are_the_name_of_a_file_are_words(photos, common, tmp_path):
     assert main(["train", "kgcoop", str(photos), *common, "--template", long, "--out", "long"]) == 0
 
 
+@pytest.mark.slow
 def test_a_second_process_on_a_run_names_the_first(photos, common, capsys, tmp_path):
     program = "import sys; from fastprompt.cli import main; sys.exit(main(sys.argv[1:]))"
     command = ["train", "coop", str(photos), *common, "--epochs", "1000000", "--out", "run"]

@@ -254,6 +254,7 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(case, photos, common, ca
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_bad_input_ends_a_process_with_status_2():
     command = [sys.executable, "-m", "fastprompt", "evaluate", "nowhere"]
     ended = subprocess.run(command, capture_output=True, text=True)

@@ -49,6 +49,7 @@ def test_the_worked_example_trains_from_outside_the_package(example, photos, com
     assert "k: expected at least 1 patch, got 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_worked_example_in_the_folder_of_learners_is_a_method(example, tmp_path):
     home = tmp_path / "package"
     shutil.copytree(ROOT / "fastprompt", home / "fastprompt", ignore=shutil.ignore_patterns("demo", "__pycache__"))

@@ -48,6 +48,7 @@ def test_a_payload_that_is_executed_leaves_a_trace(made, tmp_path, monkeypatch):
     assert (tmp_path / "canary").exists()
 
 
+@pytest.mark.slow
 def test_two_cases_of_every_kind(world):
     found = hunt(*world, seed=1, numbers=range(2 * len(KINDS)))
     print(found)

@@ -79,12 +79,14 @@ def test_error_rule(impl, inputs):
     check(inputs, impl)
 
 
+@pytest.mark.interpreter
 @given(inputs=inputs_strategy(largest_k=64))
 @settings(repeatable, max_examples=20)
 def test_error_rule_of_the_kernels(inputs):
     check(inputs, "triton")
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1024, 1, 3, 9), (2, 577, 1, 17, 100), (3, 64, 2, 65, 8), (1, 256, 1, 1, 64)])
 def test_error_rule_of_the_kernels_at_the_borders(shape, dtype):

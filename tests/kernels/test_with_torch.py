@@ -49,6 +49,7 @@ def test_opcheck(impl):
         torch.library.opcheck(gradients, (grad, *inputs, selected, k, 9, impl))
 
 
+@pytest.mark.compile
 @each_implementation
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_equals_eager(impl, dynamic):

@@ -147,6 +147,7 @@ def few(operations):
     return sorted({1 + place * (last - 1) // 4 for place in range(5)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["train", "import", "cache", "head"])
 def test_some_kills(name, world):
     for half in (False, True):
@@ -188,6 +189,7 @@ def check_two_on_a_cache(world, delay):
     return bool(waited)
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(world):
     for seeds in ("11", "12"):
         check_two_on_a_run(world, seeds, 0)

@@ -151,6 +151,7 @@ def test_a_batch_of_no_images_works(vit_backbone, features, method):
     assert learner.ood_score(none).shape == (0,)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("method", ["coop", "sot-glp"])
 def test_a_compiled_learner_takes_another_number_of_classes(method, images):
     """The tracer alone is what failed; code that it hands to a compiler is not of interest here."""
