@@ -8,15 +8,17 @@ TORCH ?=
 SCENES := from pathlib import Path; from fastprompt.demo.scenes import write_dataset; \
 	write_dataset(Path('SCENES'), train=2, test=1, domain_test=1, ood=1)
 
-.PHONY: help demo test oldest torture matrix bench lint format wheel clean
+.PHONY: help demo test-fast test oldest torture matrix bench lint format docs wheel clean
 
 help:
 	@echo "make demo    train zero-shot, CoOp and GalLoP on the built-in scenes; writes runs/demo/report.html"
+	@echo "make test-fast run the quick ones: without Triton kernels, compilers and whole experiments"
 	@echo "make test    run the test suite"
 	@echo "make oldest  compile the kernels with the oldest Triton that is allowed"
 	@echo "make torture run the tests that take minutes: many malformed inputs, many kills"
 	@echo "make matrix  install every supported pair of torch and Triton (6 GB each, an hour), and try it"
 	@echo "make bench   measure ours beside its peers; appends to benchmarks/results/"
+	@echo "make docs    build the documentation site in build/docs"
 	@echo "make wheel   build the wheel, install it by itself, and train with it"
 	@echo "make lint    check style; 'make format' repairs what can be repaired"
 
@@ -30,8 +32,13 @@ demo: $(VENV)/installed
 	$(BIN)/fastprompt demo --out runs/demo
 
 # A process a core, of one thread each: the interpreter of Triton, which takes most of the time, has no use for more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+test-fast: $(VENV)/installed
+	$(PYTEST) -m "not interpreter and not compile and not slow and not torture"
+
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	$(PYTEST)
 
 build/triton-3.6.0: | $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==3.6.0
@@ -41,7 +48,7 @@ oldest: $(VENV)/installed build/triton-3.6.0
 	PYTHONPATH=build/triton-3.6.0 $(BIN)/python -m pytest tests/kernels/test_kernel_resources.py -k telling
 
 torture: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m torture
+	$(PYTEST) -m torture
 
 matrix:
 	$(PYTHON) -m benchmarks.toolchains
@@ -60,6 +67,12 @@ bench: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Without warnings, or not at all.
+docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --group docs
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/docs
+	@echo build/docs/index.html
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

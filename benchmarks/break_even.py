@@ -45,7 +45,7 @@ def measure_grid(device: torch.device, folder: Path) -> str:
         numbers = {"eager_ms": f"{eager:.4f}", "fastprompt_ms": f"{ours:.4f}", "ratio": f"{eager / ours:.3f}"}
         rows.append({**setting, "op": op, **shape, **numbers})
     results.append_rows(folder / "break_even.csv", rows)
-    text = "\n\n".join(table.to_markdown() for table in tables(rows)) + "\n"
+    text = "# Ours beside eager code, by size\n\n" + "\n\n".join(table.to_markdown() for table in tables(rows)) + "\n"
     (folder / f"break_even-{device.type}.md").write_text(text)
     return text
 

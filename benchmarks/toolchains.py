@@ -111,8 +111,11 @@ def try_pair(pair: Pair, work: Path, keep: bool) -> dict[str, dict]:
     found = json.loads(kept.read_text()) if kept.is_file() else {}
     if shutil.which(f"python{pair.python}") is None:
         return {"install": {"status": "failed", "output": f"there is no python{pair.python} here"}}
+    missing = {step for step in steps(pair, folder) if found.get(step, {}).get("status") != "done"}
+    if missing and not folder.is_dir():
+        missing.add("install")  # the environment went when the pair was done, and a step of it had failed
     for step, (commands, limit) in steps(pair, folder).items():
-        if found.get(step, {}).get("status") == "done":
+        if step not in missing:
             continue
         print(f"{pair.name}: {step}", flush=True)
         found[step] = run(commands, limit)

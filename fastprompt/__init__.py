@@ -6,7 +6,7 @@
     learner.loss(scores, labels).backward()
 
 Names and rooms are imported when they are first used, so that ``import fastprompt`` costs no more than
-``import torch``. ``docs/api.md`` lists them all.
+``import torch``. ``make docs`` lists them all.
 """
 
 from __future__ import annotations

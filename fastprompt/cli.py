@@ -17,6 +17,7 @@ from fastprompt.console import drop_output, escape_output, explained, parsed, qu
 from fastprompt.errors import printable
 from fastprompt.exchange.config import ExportConfig, ImportConfig, WordsConfig
 from fastprompt.experiment.config import (
+    Config,
     EvaluateConfig,
     ExplainConfig,
     PredictConfig,
@@ -42,11 +43,11 @@ class Train:
 
 
 @dataclass(frozen=True)
-class ListRecipes:
+class ListRecipes(Config):
     """List the recipes of all methods, or those of one by data set."""
 
     method: Annotated[Positional[str | None], arg(metavar="[METHOD]")] = None
-    """Method, such as gallop."""
+    """Method, such as gallop. Default: all of them."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,11 @@ class Recipes:
 
 
 @dataclass(frozen=True)
-class Doctor:
+class Doctor(Config):
     """Show versions, devices, which kernels can run here and why others cannot, and what a backbone supports."""
 
     backbone: str | None = None
-    """An open_clip architecture to look at; nothing is downloaded."""
+    """An open_clip architecture to look at; nothing is downloaded. Default: none."""
 
 
 @dataclass(frozen=True)
@@ -98,17 +99,17 @@ class Demo:
     """Folder for images, runs and report.html. An unfinished demo there is resumed."""
 
 
-OTHER_COMMANDS = (
-    Annotated[EvaluateConfig, subcommand("evaluate")]
-    | Annotated[PredictConfig, subcommand("predict")]
-    | Annotated[ExplainConfig, subcommand("explain")]
-    | Annotated[Recipes, subcommand("recipes")]
-    | Annotated[ImportConfig, subcommand("import")]
-    | Annotated[ExportConfig, subcommand("export")]
-    | Annotated[WordsConfig, subcommand("words")]
-    | Annotated[Doctor, subcommand("doctor")]
-    | Annotated[Demo, subcommand("demo")]
-)
+OTHER_COMMANDS = {
+    "evaluate": EvaluateConfig,
+    "predict": PredictConfig,
+    "explain": ExplainConfig,
+    "recipes": Recipes,
+    "import": ImportConfig,
+    "export": ExportConfig,
+    "words": WordsConfig,
+    "doctor": Doctor,
+    "demo": Demo,
+}
 
 
 def _with_method(arguments: Sequence[str]) -> list[str]:
@@ -144,30 +145,41 @@ def _train(arguments: Sequence[str]) -> type[Train]:
     return made
 
 
-def run(
-    command: Train
-    | EvaluateConfig
-    | PredictConfig
-    | ExplainConfig
-    | Recipes
-    | ImportConfig
-    | ExportConfig
-    | WordsConfig
-    | Doctor
-    | Demo,
-) -> None:
+def run(command: object) -> None:
     """Carry out one command and print what came of it."""
-    # Imports stand here so that --help and usage errors do not wait for torch and open_clip.
+    # Here and below, imports stand where they are used, so that --help and usage errors do not wait for torch.
     match command:
         case Train(config):
-            from fastprompt.experiment.recipes import resolved_recipe
-            from fastprompt.experiment.train import train_run
+            _train_and_test(config)
+        case Recipes(action):
+            print(_recipes(action))
+        case EvaluateConfig() | PredictConfig() | ExplainConfig():
+            _use(command)
+        case ImportConfig() | ExportConfig() | WordsConfig():
+            print(_exchange(command))
+        case Doctor(backbone):
+            from fastprompt.doctor import examine
 
-            print(resolved_recipe(config))
-            trained = train_run(config)
-            if trained.found:
-                print(f"\n{trained.run.path} is complete: nothing was trained")
-            print(f"\n{trained.table.to_text()}\n\nrun folder: {trained.run.path}")
+            print(examine(backbone))
+        case Demo(out):
+            from fastprompt.demo.page import run_demo
+
+            print(run_demo(out))
+
+
+def _train_and_test(config: Any) -> None:
+    from fastprompt.experiment.recipes import resolved_recipe
+    from fastprompt.experiment.train import train_run
+
+    print(resolved_recipe(config))
+    trained = train_run(config)
+    if trained.found:
+        print(f"\n{trained.run.path} is complete: nothing was trained")
+    print(f"\n{trained.table.to_text()}\n\nrun folder: {trained.run.path}")
+
+
+def _use(command: EvaluateConfig | PredictConfig | ExplainConfig) -> None:
+    match command:
         case EvaluateConfig():
             from fastprompt.experiment.evaluate import evaluate_run
 
@@ -182,28 +194,22 @@ def run(
 
             path, name = explain_image(command)
             print(f"patches that speak for {name!r}: {path}")
-        case Recipes(action):
-            print(_recipes(action))
+
+
+def _exchange(command: ImportConfig | ExportConfig | WordsConfig) -> str | Path:
+    match command:
         case ImportConfig():
             from fastprompt.exchange.import_run import import_run
 
-            print(f"run folder: {import_run(command).path}")
+            return f"run folder: {import_run(command).path}"
         case ExportConfig():
             from fastprompt.exchange.export import export_run
 
-            print(export_run(command))
+            return export_run(command)
         case WordsConfig():
             from fastprompt.exchange.words import words_of_run
 
-            print(words_of_run(command))
-        case Doctor(backbone):
-            from fastprompt.doctor import examine
-
-            print(examine(backbone))
-        case Demo(out):
-            from fastprompt.demo.page import run_demo
-
-            print(run_demo(out))
+            return words_of_run(command)
 
 
 def _recipes(action: ListRecipes | ShowRecipe | CopyRecipe) -> str:
@@ -246,7 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _command(arguments: Sequence[str]) -> Any:
     """The command that the arguments stand for."""
     arguments = _with_method(arguments)
-    commands = Union[Annotated[_train(arguments), subcommand("train")], OTHER_COMMANDS]  # noqa: UP007
+    kinds = {"train": _train(arguments), **OTHER_COMMANDS}
+    commands = Union[tuple(Annotated[kind, subcommand(name)] for name, kind in kinds.items())]  # noqa: UP007
     return parsed(
         lambda: tyro.cli(
             commands,

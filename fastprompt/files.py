@@ -1,4 +1,7 @@
-"""Files that survive a kill or a full disk: written whole or not at all, by one process at a time."""
+"""Files that survive a kill or a full disk: written whole or not at all, by one process at a time.
+
+Locks are POSIX's. On Windows nothing is locked, and two processes that write into one folder are not kept apart.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from fastprompt.errors import InputError
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock: there, nothing is locked
+except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".fastprompt-lock"  # in a folder that a process writes into
@@ -106,7 +109,7 @@ def read_tensors(file: Path, what: str) -> tuple[dict[str, Tensor], dict[str, st
 
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Be the only process that writes into a folder, which is made if need be.
+    """Be the only process that writes into a folder, which is made if need be; on Windows, nothing keeps others out.
 
     Unfinished files of killed processes are removed first. A process that dies loses its lock, which the system keeps.
     A folder that was made for this and is empty in the end is removed.

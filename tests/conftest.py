@@ -13,10 +13,13 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items):
-    """Tests of modules that have a DEVICE run there: on a GPU where there is one, else in Triton's interpreter."""
+    """Tests of modules that have a DEVICE run there; where that is no GPU, Triton's kernels run in its interpreter."""
     for item in items:
         if hasattr(item.module, "DEVICE"):
             item.add_marker(pytest.mark.gpu)
+            parameters = getattr(item, "callspec", None)
+            if parameters is not None and "triton" in parameters.params.values() and not torch.cuda.is_available():
+                item.add_marker(pytest.mark.interpreter)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from fastprompt.backbone import Backbone
 from fastprompt.backbone.tokenizer import read_tokenizer
 
 VIT = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 16}
+RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "patch_size": None}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 48, "heads": 4, "layers": 3}
 
 

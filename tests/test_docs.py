@@ -1,8 +1,9 @@
-"""The pages: the public API is complete and up to date, and every snippet runs."""
+"""The pages: the reference is complete, and every snippet runs."""
 
 import re
 import runpy
 import shlex
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,22 +86,33 @@ def run(page, **names):
 
 def test_every_page_with_a_snippet_is_run_here_or_elsewhere():
     with_snippets = {page for page in PAGES if snippets(page)}
-    assert with_snippets == {"README.md", "first_steps.md", "drop_in.md", "in_and_out.md"} | ELSEWHERE
+    assert with_snippets == {"README.md", "first_steps.md", "own_data.md", "drop_in.md", "in_and_out.md"} | ELSEWHERE
 
 
-def test_public_api_page_is_what_the_source_says():
-    written = runpy.run_path(str(ROOT / "docs" / "write_api.py"))["page"]()
-    assert PAGES["api.md"] == written + "\n", "run `python docs/write_api.py`"
-
-
-def test_public_api_page_is_complete():
+def test_the_reference_has_every_public_name_once_and_says_what_it_is():
+    written = runpy.run_path(str(ROOT / "docs" / "reference_pages.py"))
+    pages, values = written["pages"](), written["VALUES"]
     rooms = {name for name in fastprompt.__all__ if (ROOT / "fastprompt" / name).is_dir()}
-    for room in rooms:
-        for name in getattr(getattr(fastprompt, room), "__all__", ()):
-            assert re.search(rf"`(class )?{name}\b", PAGES["api.md"]), f"{room}.{name}"
-    front = PAGES["api.md"].split("\n## ")[1]
-    for name in set(fastprompt.__all__) - rooms:
-        assert re.search(rf"^- `(class )?{name}\b.*`: .", front, re.MULTILINE), f"{name} without a sentence"
+    assert set(pages) == rooms | {"index", "fastprompt_kernels"}
+    entry = re.compile(r"^\.\. (?:autoclass|autofunction|py:data):: (\w+)$|^\.\. currentmodule:: (\S+)$", re.MULTILINE)
+    for page, text in pages.items():
+        module, found = None, []
+        for name, current in entry.findall(text):
+            module = current or module
+            found += [name] if name else []
+            assert not name or name in values or getattr(import_module(module), name).__doc__, f"{module}.{name}"
+        pages[page] = found
+    everywhere = [name for found in pages.values() for name in found]
+    modules = ["fastprompt", *(f"fastprompt.{room}" for room in rooms), "fastprompt_kernels"]
+    public = {name for module in modules for name in getattr(import_module(module), "__all__", ())}
+    assert sorted(everywhere) == sorted(public - rooms - {"__version__"})
+
+
+def test_pages_with_no_list_of_names_have_their_modules():
+    pages = runpy.run_path(str(ROOT / "docs" / "reference_pages.py"))["pages"]()
+    for room in ("exchange", "experiment"):
+        for file in (ROOT / "fastprompt" / room).glob("[a-z]*.py"):
+            assert f"\n.. automodule:: fastprompt.{room}.{file.stem}\n" in pages[room]
 
 
 def test_snippets_of_the_front_page(photos):
@@ -125,6 +137,15 @@ def test_first_steps_from_an_empty_folder(place, capsys):
     assert "FPR95" in out and "0000.jpg: " in out and Path("explained.png").stat().st_size
     exec(last, names)
     torch.testing.assert_close(names["probabilities"].sum(dim=-1), torch.ones(1))
+
+
+def test_own_data_by_command_and_in_python(photos, capsys):
+    for command in commands("own_data.md"):
+        assert main(command) == 0, command
+    assert "base (%)" in capsys.readouterr().out.lower()
+    names = run("own_data.md")
+    assert len(names["base"].class_names) == 2
+    assert 0 <= names["top1"] <= 1 and 0 <= names["accuracy"].top1 <= 1
 
 
 def test_a_matrix_is_used_as_the_page_says(photos):

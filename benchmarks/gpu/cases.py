@@ -27,6 +27,7 @@ class Timed:
         shape: of the inputs.
         names: implementations and floors, in their order.
         copies: how many sets of the same inputs take turns, so that the second-level cache does not hold them.
+        graphs: whether a CUDA graph may hold the calls.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Timed:
     shape: Shape
     names: tuple[str, ...]
     copies: int = 1
+    graphs: bool = True
 
     def items(self, plan: Plan) -> dict[str, Rows]:
         """An item for each name."""
@@ -46,7 +48,8 @@ class Timed:
         row = {"name": self.name, **self.shape, "implementation": name}
         try:
             cases = _cases(self.build, tuple(self.shape.items()), device, self.copies)
-            yield row | _measured(cases, name, device, plan.seconds)
+            times = partial(time_calls, device=device, seconds=plan.seconds, graphs=self.graphs)
+            yield row | _measured(cases, name, times)
         except torch.OutOfMemoryError:
             gc.collect()
             torch.cuda.empty_cache()
@@ -62,17 +65,17 @@ def _cases(build: Build, shape: tuple[tuple[str, int | str], ...], device: torch
     return [replace(case, truth=cache(case.truth)) for case in (build(dict(shape), device) for _ in range(copies))]
 
 
-def _measured(cases: list[Case], name: str, device: torch.device, seconds: float) -> dict[str, object]:
+def _measured(cases: list[Case], name: str, timed: Callable[[list], dict[str, object]]) -> dict[str, object]:
     first = cases[0]
     if name in first.floors:
-        return time_calls([case.floors[name] for case in cases], device, seconds)
+        return timed([case.floors[name] for case in cases])
     if name not in first.implementations:
         return {"left_out": "not measured with this shape"}
     wanted = {name, first.tolerance.by} if isinstance(first.tolerance, AsRounded) else {name}
     begin = time.perf_counter()
     try:
         check(replace(first, implementations={one: first.implementations[one] for one in wanted}))
-        times = time_calls([case.implementations[name] for case in cases], device, seconds)
+        times = timed([case.implementations[name] for case in cases])
     except WrongResultError as error:
         return {"wrong": str(error)}
     except UnavailableError as error:

@@ -24,13 +24,14 @@ LONG_MS = 50.0  # what takes longer is not captured: launches are little of it
 CLOCK_HZ = 2e9  # at least that of any GPU: a sleep of so many cycles is not shorter than meant
 
 
-def time_calls(runs: Sequence[Run], device: torch.device, seconds: float) -> dict[str, object]:
+def time_calls(runs: Sequence[Run], device: torch.device, seconds: float, *, graphs: bool = True) -> dict[str, object]:
     """Time calls that compute the same from inputs at different places, in turn, so that no cache holds them all.
 
     Args:
         runs: they have been called before.
         device: whose work is timed.
         seconds: what the rounds of each clock may take, about.
+        graphs: whether a CUDA graph may hold them: where that fails, what the process has loaded is loaded anew.
 
     Returns:
         ``ms`` (median of one call), ``p20_ms``, ``p80_ms``, ``rounds``, ``timed`` (how), ``wall_ms``; on a GPU
@@ -42,7 +43,7 @@ def time_calls(runs: Sequence[Run], device: torch.device, seconds: float) -> dic
     runs = list(runs) * min(MOST_CALLS, max(1, math.ceil(GRAPH_MS / max(_median(wall) * len(runs), 1e-3))))
     queued = _rounds(lambda: _queued(runs, device), seconds)
     row = {"wall_ms": _median(wall), "queued_ms": _median(queued)}
-    if _median(wall) > LONG_MS:
+    if not graphs or _median(wall) > LONG_MS:
         return _row(queued, "queued behind a sleep") | row
 
     def all_of_them() -> None:

@@ -9,6 +9,7 @@ import signal
 import sys
 import zipfile
 from collections.abc import Sequence
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,8 +29,11 @@ PACKAGES = {
     "wcwidth": "wcwidth", "typeguard": "typeguard", "regex": "regex", "timm": "timm", "torchvision": "torchvision",
     "torchmetrics": "torchmetrics",
     "huggingface_hub": "huggingface_hub", "matplotlib": "matplotlib", "jinja2": "jinja2", "PIL": "pillow",
-    "pytest": "pytest", "hypothesis": "hypothesis",
+    "pytest": "pytest", "xdist": "pytest-xdist", "hypothesis": "hypothesis",
 }  # fmt: skip
+NEEDED = ("numpy", "safetensors", "tqdm")  # by every step, or by the command itself
+# Wheels that are never unpacked: pip brings them along for what needs torch, which is here.
+HERE = ("torch", "triton", "nvidia_", "cuda_")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.insert(0, str(site))
     if sentence := missing():
         print(sentence, file=sys.stderr)
+        if lacking := [name for name in NEEDED if find_spec(name) is None]:
+            print(f"benchmarks gpu: error: no step runs without {', '.join(lacking)}", file=sys.stderr)
+            return 2
     from fastprompt.errors import InputError  # torch is first needed here
 
     signal.signal(signal.SIGTERM, _stop)
@@ -150,10 +157,12 @@ def source() -> str:
 def unpack(wheels: Path, site: Path) -> Path:
     """Unpack wheels into a folder for the path: packages read files of their own, which they cannot in an archive.
 
+    Those of torch and of what comes with it are left out: the machine's own are what is measured.
+
     Raises:
         FileNotFoundError: there is none.
     """
-    found = sorted(wheels.glob("*.whl"))
+    found = [wheel for wheel in sorted(wheels.glob("*.whl")) if not _is_here(wheel)]
     if not found:
         raise FileNotFoundError(f"{wheels}, which has no *.whl")
     for wheel in found:
@@ -162,13 +171,20 @@ def unpack(wheels: Path, site: Path) -> Path:
     return site
 
 
+def _is_here(wheel: Path) -> bool:
+    name = wheel.name.partition("-")[0]
+    return any(name.startswith(one) if one.endswith("_") else name == one for one in HERE)
+
+
 def missing() -> str:
     """One sentence about packages that cannot be imported here, and how they are brought; empty if there is none."""
     names = [package for module, package in PACKAGES.items() if find_spec(module) is None]
     if not names:
         return ""
-    command = f"python3 -m pip download --no-deps --only-binary=:all: -d wheels {' '.join(names)}"
+    # With torch's version, so that torchvision's fits it, and with all that they need themselves.
+    given = [f"torch=={metadata.version('torch').partition('+')[0]}", *names]
+    command = f"python3 -m pip download --only-binary=:all: -d wheels {' '.join(given)}"
     return (
         f"Missing here: {', '.join(names)}; steps that need them are left out: on a machine with a network, run "
-        f"'{command}' with this version of Python, and give --wheels wheels."
+        f"'{command}' with this version of Python, and give --wheels wheels; torch and CUDA need not be among them."
     )

@@ -20,7 +20,7 @@ from benchmarks.gpu.command import PACKAGES, source
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.processes import ROOT
 
-TOOLS = ("nvidia-smi", "compute-sanitizer", "ncu", "nvcc", "cuobjdump", "g++")
+TOOLS = ("nvidia-smi", "compute-sanitizer", "ncu", "nvcc", "cuobjdump", "gcc", "g++")
 PROPERTIES = ("name", "major", "minor", "total_memory", "multi_processor_count", "L2_cache_size",
               "shared_memory_per_block_optin", "regs_per_multiprocessor", "warp_size", "clock_rate")  # fmt: skip
 
@@ -65,11 +65,11 @@ def _version(distribution: str) -> str | None:
 
 
 def _said(*command: str) -> str | None:
-    """What a command prints, None where it is not there or fails."""
-    if shutil.which(command[0]) is None:
+    """What a command prints, None where it is not there, fails or hangs."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _copy(plan: Plan, size: int) -> Iterator[dict]:

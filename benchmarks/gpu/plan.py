@@ -13,7 +13,7 @@ class Step:
     Attributes:
         name: of its module in this folder, whose ``items(plan)`` gives named functions.
         title: what it tells.
-        seconds: how long it may take on a GPU.
+        seconds: how long it may take on a GPU while others wait; all together fit into the 8 minutes.
         workers: processes that share its items out: more than one where nothing is timed.
         needs: modules without which it is left out.
     """
@@ -28,21 +28,21 @@ class Step:
 MODELS = ("open_clip", "typeguard")  # what loads them
 
 STEPS = (
-    Step("environment", "The machine, and the ceilings of its parts", 45),
-    Step("values", "Values and gradients of every Triton kernel, NaN and ties", 90, workers=8),
-    Step("capture", "Operators inside of CUDA graphs and of torch.compile", 60),
-    Step("headline", "The similarity at its headline shape, beside peers and floors", 90),
-    Step("text", "The text tower for 8 x 1000 names, with and without replays", 60, needs=MODELS),
-    Step("train", "A training step of GalLoP with 128 images", 75, needs=MODELS),
-    Step("profile", "A training step, part by part and kernel by kernel", 45, needs=MODELS),
-    Step("overhead", "What a call costs before any arithmetic", 20),
+    Step("environment", "The machine, and the ceilings of its parts", 30),
+    Step("values", "Values and gradients of every Triton kernel, NaN and ties", 70, workers=8),
+    Step("capture", "Operators inside of CUDA graphs and of torch.compile", 30),
+    Step("headline", "The similarity at its headline shape, beside peers and floors", 55),
+    Step("text", "The text tower for 8 x 1000 names, with and without replays", 40, needs=MODELS),
+    Step("train", "A training step of GalLoP with 128 images", 50, needs=MODELS),
+    Step("profile", "A training step, part by part and kernel by kernel", 30, needs=MODELS),
+    Step("overhead", "What a call costs before any arithmetic", 15),
     Step(
-        "candidates", "Launch tables: which other tiles, warps and stages compile and compute the same", 60, workers=8
+        "candidates", "Launch tables: which other tiles, warps and stages compile and compute the same", 40, workers=8
     ),
-    Step("sweep", "Launch tables: their times", 60),
-    Step("sanitizer", "Memory checks of small shapes by compute-sanitizer", 170),
-    Step("suite", "The part of the test suite that is for a GPU", 120, needs=("pytest", "hypothesis")),
-    Step("tail", "The other benchmarks and shapes, compiled peers and memory", 480, needs=MODELS),
+    Step("sweep", "Launch tables: their times", 30),
+    Step("sanitizer", "Memory checks of small shapes by compute-sanitizer", 45),
+    Step("suite", "The part of the test suite that is for a GPU", 30, needs=("pytest", "hypothesis")),
+    Step("tail", "The other benchmarks and shapes, compiled peers and memory", 5, needs=MODELS),
 )
 
 

@@ -106,6 +106,10 @@ def _wrong(found: Found) -> Iterator[str]:
             for row in store.wrong_rows(item):
                 said = row.get("wrong") or ", ".join(f"{key} {value}" for key, value in row.items())
                 yield f"* {step.name}, {name}: wrong: {_one_line(said)[:LONGEST]}"
+        if step.name == "suite":  # also of one that was stopped before its end
+            for line in store.lines(store.rows_file(found.out, store.TESTS)):
+                if line["outcome"] == "failed":
+                    yield f"* suite, {line['test']}: {_one_line(line['said'])[-LONGEST:]}"
         ended = store.outcomes(found.out).get(step.name, {})
         itself = ended.get("status") == store.FAILED and not ended["errors"] + ended["wrong"]
         if itself or ended.get("status") in (store.LATE, store.LEFT_OUT):

@@ -16,7 +16,6 @@ from benchmarks.gpu.plan import Plan, Step
 from benchmarks.gpu.processes import ROOT
 
 LEAST = 5.0  # seconds without which a step is not begun
-REHEARSAL_FACTOR = 1.5  # a rehearsal's steps may take so many times as long: their processor may be slow
 
 Say = Callable[[str], None]
 
@@ -38,44 +37,49 @@ def run_steps(
         steps: in their order.
         plan: how they are run.
         pack: file of the packed results.
-        seconds: for all of them together; what does not fit is left for the next call.
-        again: run steps that failed or ran out of time, too; of these, what failed or is missing.
+        seconds: for all of them together. Where they are more than the limits of the steps add up to, the limits grow
+            with them, and the last step may take all that is left; what does not fit is left for the next call.
+        again: run steps that failed, too; of these, what failed or is missing.
         site: folder with more packages.
         package: of the modules of the steps.
         say: is told what happens.
     """
     end = time.monotonic() + seconds
+    before = {name: outcome["status"] for name, outcome in store.outcomes(plan.out).items()}
+    ended = (store.DONE,) if again else store.FINAL
+    waiting = [step for step in steps if before.get(step.name) not in ended]
     for step in steps:
-        last = store.outcomes(plan.out).get(step.name, {}).get("status")
-        if last == store.DONE or (last in store.FINAL and not again):
+        last = before.get(step.name)
+        if step not in waiting:
             say(f"{step.name}: {last} before")
             continue
         if end - time.monotonic() < LEAST:
             say(f"{step.name}: no time is left; give the command again to go on")
             continue
-        if last in store.FINAL:
+        if again and last is not None:
             store.append(store.rows_file(plan.out, step.name), {"again": True})
         say(f"{step.name}: {step.title}")
-        outcome = _run(step, plan, end, site, f"{package}.{step.name}")
+        limit = step.seconds * max(1.0, seconds / sum(one.seconds for one in waiting))
+        deadline = end if step is waiting[-1] else min(time.monotonic() + limit, end)
+        status = store.CUT if deadline == end else store.LATE
+        outcome = _run(step, plan, deadline, status, site, f"{package}.{step.name}")
         store.append(plan.out / "steps.jsonl", outcome)
         counts = ", ".join(f"{outcome[name]} {name}" for name in ("items", "errors", "wrong"))
         say(f"  {outcome['status']} after {outcome['seconds']} s: {counts}")
         store.pack(plan.out, pack)
 
 
-def _run(step: Step, plan: Plan, end: float, site: Path | None, module: str) -> dict[str, object]:
-    """Run one step to its end or its limit; returns how it ended."""
+def _run(step: Step, plan: Plan, deadline: float, stopped: str, site: Path | None, module: str) -> dict[str, object]:
+    """Run one step to its end, or until it is ``stopped`` at the deadline; returns how it ended."""
     begin = time.monotonic()
     if missing := [name for name in step.needs if find_spec(name) is None]:
         return _outcome(step, plan, begin, store.LEFT_OUT, f"{', '.join(missing)} cannot be imported here")
-    limit = step.seconds * (REHEARSAL_FACTOR if plan.rehearse else 1)
-    deadline = min(begin + limit, end)
     status = store.DONE
     while True:
         before = store.finished_items(plan.out, step.name)
         exits = _workers(step, plan, deadline, site, module)
         if exits is None:
-            status = store.LATE if deadline < end else store.CUT
+            status = stopped
             if status == store.LATE:
                 _write_down(step, plan, "the step was out of time")
             break

@@ -11,11 +11,11 @@ from functools import partial
 
 from benchmarks.gpu.cases import Rows
 from benchmarks.gpu.plan import Plan
-from benchmarks.gpu.processes import end_with_parent
+from benchmarks.gpu.processes import end_with_parent, tail
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FOUND = 9  # exit status where the tool finds something
-SECONDS = 40
+SECONDS = 60
 
 
 def items(plan: Plan) -> dict[str, Rows]:
@@ -31,15 +31,18 @@ def _check(plan: Plan, tool: str) -> Iterator[dict]:
         # With torch's cache of memory, what lies behind a tensor would belong to it.
         command = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), *command]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        timeout=SECONDS, check=False, preexec_fn=end_with_parent,
-    )  # fmt: skip
-    print(done.stdout, flush=True)
+    log = plan.out / "logs" / f"sanitizer-{tool}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # No pipe: what the tool started would hold it open after the tool was stopped at its limit, and be waited for.
+    with log.open("wb") as stream:
+        done = subprocess.run(
+            command, env=environment, stdout=stream, stderr=subprocess.STDOUT, timeout=SECONDS, check=False,
+            preexec_fn=end_with_parent,
+        )  # fmt: skip
     yield {
         "tool": tool,
         "checked": sanitizer is not None,
         "status": done.returncode,
         "right": done.returncode == 0,
-        "tail": done.stdout[-1500:] if done.returncode else "",
+        "tail": tail(log)[-1500:] if done.returncode else "",
     }

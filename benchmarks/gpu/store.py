@@ -13,9 +13,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# How a step can end. One that was cut short, or was not reached, goes on when the command is given again.
+# How a step can end. One that was stopped at its limit or with the command, or was not reached, goes on when the
+# command is given again; an item that was at work at the limit counts as failed, for it may be what hangs.
 DONE, FAILED, LATE, LEFT_OUT, CUT = "done", "failed", "out of time", "left out", "cut short"
-FINAL = (DONE, FAILED, LATE, LEFT_OUT)
+FINAL = (DONE, FAILED, LEFT_OUT)
+TESTS = "suite-tests"  # whose rows are outcomes of tests
 
 
 @dataclass

@@ -26,8 +26,8 @@ def items(plan: Plan) -> dict[str, Rows]:
 
 
 def _run(plan: Plan) -> Iterator[dict]:
-    """How many tests had which outcome, then a row for each that failed."""
-    file = plan.out / "rows" / "suite-tests.jsonl"
+    """How many tests had which outcome; each is in a file of its own, from which the page has those that failed."""
+    file = store.rows_file(plan.out, store.TESTS)
     file.unlink(missing_ok=True)
     chosen = REHEARSED if plan.rehearse else ("tests/kernels", f"--ignore={IGNORED}")
     workers = min(8, os.cpu_count() or 1)
@@ -37,9 +37,5 @@ def _run(plan: Plan) -> Iterator[dict]:
         [sys.executable, "-m", "pytest", *chosen, *options], cwd=ROOT, check=False, preexec_fn=end_with_parent,
         env={**os.environ, outcomes.FILE: str(file)},
     )  # fmt: skip
-    found = list(store.lines(file))
-    counts = Counter(line["outcome"] for line in found)
+    counts = Counter(line["outcome"] for line in store.lines(file))
     yield {"status": done.returncode, **counts, "right": done.returncode == 0}
-    for line in found:
-        if line["outcome"] == "failed":
-            yield line

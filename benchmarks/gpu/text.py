@@ -52,7 +52,7 @@ def _replays(plan: Plan, groups: int, names: str) -> Iterator[dict]:
     class_tokens = backbone.tokenize(text_encoder.NAMES[names])
     tokens = groups * (1 + 4 + sum(class_tokens.lengths))
     for graphs, run in passes.items():
-        times = time_calls([partial(run, contexts[0])], device, plan.seconds)
+        times = time_calls([partial(run, contexts[0])], device, plan.seconds, graphs=not graphs)
         recordings = len(backbones[graphs]._text.replays._recordings)  # 0: a warning in the log says why
         yield {"replays": graphs, "recordings": recordings, "tokens": tokens, "width": backbone.text_width, **times}
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprompt.backbone.class_tokens import ClassTokens, tokenize_class_names
-from fastprompt.backbone.image_towers import image_tower
+from fastprompt.backbone.image_towers import Patches, image_tower
 from fastprompt.backbone.memory import MemoryBudget
 from fastprompt.backbone.text import TextTower
 from fastprompt.backbone.tokenizer import Tokenizer
@@ -27,7 +27,9 @@ class Backbone(nn.Module):
     Attributes:
         name: architecture name, as given.
         pretrained: tag or file of the weights, as given.
-        fingerprint: hex digest of architecture and weights; caches and checkpoints are keyed by it.
+        patches: which patch features images have: "value", or for CLIP's ResNets "published", those of PLOT's code.
+        fingerprint: hex digest of architecture and weights, followed by ``patches`` unless these are "value"; caches
+            and checkpoints are keyed by it.
         image_size: side of the square input image in pixels.
         mean, std: normalisation of the three channels.
         interpolation, resize_mode: how an image is brought to ``image_size``.
@@ -54,6 +56,7 @@ class Backbone(nn.Module):
         pretrained: str | None,
         fingerprint: str,
         preprocessing: dict,
+        patches: Patches = "value",
         memory_budget: MemoryBudget = "auto",
         cuda_graphs: bool = True,
     ) -> None:
@@ -65,7 +68,8 @@ class Backbone(nn.Module):
         self.model = model.requires_grad_(False)
         super().train(False)
         self.tokenizer = tokenizer
-        self.name, self.pretrained, self.fingerprint = name, pretrained, fingerprint
+        self.name, self.pretrained, self.patches = name, pretrained, patches
+        self.fingerprint = fingerprint if patches == "value" else f"{fingerprint}-patches={patches}"
         self.image_size = height
         if memory_budget != "auto" and (not isinstance(memory_budget, int) or memory_budget < 1):
             raise InputError(f'memory_budget: expected a positive number of bytes or "auto", got {memory_budget!r}')
@@ -73,7 +77,7 @@ class Backbone(nn.Module):
         self.mean, self.std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
         self.interpolation = preprocessing["interpolation"]
         self.resize_mode = preprocessing["resize_mode"]
-        self._images = image_tower(model.visual, height)
+        self._images = image_tower(model.visual, height, patches)
         self._text = TextTower(model, tokenizer.start_of_text, tokenizer.padding)
         self.patch_grid, self.patch_width = self._images.patch_grid, self._images.patch_width
         self.text_width, self.context_length = self._text.width, self._text.context_length
@@ -109,8 +113,9 @@ class Backbone(nn.Module):
     def encode_images(self, images: Tensor) -> ImageFeatures:
         """Pooled and patch features of preprocessed images (B, 3, S, S).
 
-        Patch features are the value-path features of GalLoP (arXiv 2407.01400) for ViT and ResNet towers, and the
-        feature map of the trunk for timm towers. The features can be trained on wherever they were made, in a caller's
+        Patch features are the value-path features of GalLoP (arXiv 2407.01400) for ViT and ResNet towers, or of
+        ResNets the attention-pooled ones of PLOT (arXiv 2210.01253) where ``patches`` is "published", and the feature
+        map of the trunk for timm towers. The features can be trained on wherever they were made, in a caller's
         inference mode, too.
 
         Raises:

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import huggingface_hub
 import open_clip
@@ -18,6 +18,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import nn
 
 from fastprompt.backbone.backbone import Backbone
+from fastprompt.backbone.image_towers import Patches
 from fastprompt.backbone.memory import MemoryBudget
 from fastprompt.backbone.tokenizer import load_tokenizer, read_tokenizer
 from fastprompt.documents import check_file, check_number, check_object, check_type, read_json, short
@@ -37,6 +38,7 @@ def load_backbone(
     *,
     device: str | torch.device | None = None,
     precision: str | None = None,
+    patches: Patches = "value",
     cache_dir: str | Path | None = None,
     memory_budget: MemoryBudget = "auto",
     cuda_graphs: bool = True,
@@ -51,17 +53,22 @@ def load_backbone(
         device: where the model runs; CUDA if there is one, else the CPU.
         precision: "fp64", "fp32", "bf16" or "fp16" for the frozen weights; fp32 by default. Learned tensors are
             float32 whatever this is.
+        patches: "value" for the patch features of the value path, or "published" for those of PLOT's code, which its
+            attention pooling makes; CLIP's ResNets alone have them. The fingerprint tells the two apart.
         cache_dir: where downloaded weights are kept; open_clip's own default otherwise.
         memory_budget: bytes that encoding prompts may take, or "auto"; see ``Backbone``.
         cuda_graphs: whether a GPU replays passes through the text tower that repeat; see ``Backbone``.
 
     Raises:
-        InputError: unknown name, tag, device or precision; an activation that does not fit the weights; a tower that
-            cannot be read; weights that are not here, and their hub cannot be reached.
+        InputError: unknown name, tag, device, precision or patches; an activation that does not fit the weights; a
+            tower that cannot be read, or has no such patches; weights that are not here, and their hub cannot be
+            reached.
     """
     device = find_device(device)
     if precision not in (None, *PRECISIONS):
         raise InputError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if patches not in get_args(Patches):
+        raise InputError(f"patches: expected {' or '.join(get_args(Patches))}, got {short(patches)}")
     if name == DEMO:
         from fastprompt.backbone.demo_model import load_demo_clip  # its weights are read only when asked for
 
@@ -78,6 +85,7 @@ def load_backbone(
         pretrained=pretrained,
         fingerprint=fingerprint,
         preprocessing=_preprocessing(model, name),
+        patches=patches,
         memory_budget=memory_budget,
         cuda_graphs=cuda_graphs,
     )

@@ -5,13 +5,12 @@ import itertools
 import logging
 import os
 import shutil
-import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from fastprompt.data.reading import default_workers
 from fastprompt.data.shards import Shard, damaged, write_shard
-from fastprompt.documents import home_path
+from fastprompt.documents import check_file, home_path
 from fastprompt.errors import InputError
 from fastprompt.files import locked, sweep
 from fastprompt.progress import progress_bar, say_line
@@ -174,7 +173,9 @@ class FeatureCache:
                     features = encode(images)
                     if not done:
                         self._check_space(features, len(digests), what, bar, progress)
-                    shard.add(digests[done : done + len(images)], features)
+                    batch = digests[done : done + len(images)]
+                    _check_unchanged([missing[digest] for digest in batch], batch)
+                    shard.add(batch, features)
                     done += len(images)
                     bar.update(len(images))
         finally:
@@ -235,34 +236,48 @@ class _ShardWriter:
         return self.folder / f"{number:06}.safetensors"
 
 
-def hash_files(paths: Sequence[Path], *, workers: int | None = None, progress: bool = True) -> list[str]:
+def hash_files(
+    paths: Sequence[Path], *, what: str = "image", workers: int | None = None, progress: bool = True
+) -> list[str]:
     """Return the SHA-256 of every file's content as hex, on several threads; of one that did not change, from before.
+
+    Args:
+        paths: The files.
+        what: How messages call one of them.
+        workers: Threads; None for one a core, at most 8.
+        progress: Whether to show a bar.
 
     Raises:
         InputError: If a file is no regular file or cannot be read; the sentence names it.
     """
     with ThreadPoolExecutor(workers or default_workers()) as pool:
-        digests = pool.map(_hash_file, paths)
+        digests = pool.map(partial(_hash_file, what=what), paths)
         # A bar only where there is something to wait for.
         return list(
             progress_bar(digests, what="hashing images", shown=progress, total=len(paths), unit="image", delay=2)
         )
 
 
-def _hash_file(path: Path) -> str:
+def _hash_file(path: Path, what: str) -> str:
     try:
+        check_file(path, what)
         state = path.stat()
-        if not stat.S_ISREG(state.st_mode):  # reading a pipe would wait for ever
-            raise InputError(f"image {path}: expected a file, found something else")
         return _hash_content(path, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
     except OSError as error:
-        raise InputError(f"image {path}: cannot be read ({error.strerror})") from error
+        raise InputError(f"{what} {path}: cannot be read ({error.strerror})") from error
 
 
 @lru_cache(maxsize=2**18)
 def _hash_content(path: Path, *state: int) -> str:
     """The hash of a file in this state; a run asks several times, for its identity and for every cache."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_unchanged(paths: Sequence[Path], digests: Sequence[str]) -> None:
+    """Raise ``InputError`` where a file that was hashed is another one now that it was read."""
+    for path, before, now in zip(paths, digests, hash_files(paths, progress=False), strict=True):
+        if before != now:
+            raise InputError(f"image {path}: expected a file that stays as it is, got one that changed when read")
 
 
 def _batches(paths: Sequence[Path], read: Read, batch_size: int) -> Iterator[Images]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 from pathlib import Path
 
 from fastprompt.data.images import Dataset, LabelledImages, readable_name
@@ -23,7 +24,7 @@ def load_folder(root: Path, *, keep_underscores: bool = False) -> Dataset:
     split (ImageNet's habit). Without split folders, a fifth of each class (at least one image) is held out as the test
     split: the images whose ``<class>/<file name>`` has the smallest SHA-256, so that the choice is the same on every
     machine and hardly changes when images are added. A warning counts what is left out: files with other endings than
-    those of images, and folders in class folders.
+    those of images, and folders in class folders. Another one tells where all names are ids of WordNet.
 
     Args:
         root: The folder.
@@ -49,6 +50,12 @@ def load_folder(root: Path, *, keep_underscores: bool = False) -> Dataset:
                 raise InputError(f"data folder {root}: has {name}/ with class folders, but no train/ beside it")
         splits = _hold_out(root, _read_classes(root))
     names = [readable_name(name, keep_underscores, f"class folder {classes / name}") for name in splits["train"]]
+    if all(re.fullmatch(r"n\d{8}", name) for name in names):
+        _log.warning(
+            'data folder %s: prompts will read "%s", as its class folders are named by ids of WordNet: a split file in '
+            "it, or --split-file FILE, can name the classes",
+            *(root, names[0]),
+        )
     first_folder: dict[str, str] = {}
     for name, folder in zip(names, splits["train"], strict=True):
         if first_folder.setdefault(name, folder) != folder:

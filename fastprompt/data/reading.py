@@ -42,7 +42,7 @@ def default_workers() -> int:
 
 
 def find_images(folder: Path, *, recursive: bool = False) -> tuple[Path, ...]:
-    """List the image files in a folder, sorted by name; hidden files are ignored.
+    """List the image files in a folder, sorted by name; hidden files and folders are ignored.
 
     Args:
         folder: Where to look.
@@ -57,7 +57,9 @@ def find_images(folder: Path, *, recursive: bool = False) -> tuple[Path, ...]:
         sorted(
             path
             for path in (folder.rglob("*") if recursive else folder.iterdir())
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+            if path.suffix.lower() in IMAGE_SUFFIXES
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+            and path.is_file()
         )
     )
 

@@ -96,8 +96,10 @@ def fpr_at_recall(in_scores: Tensor, out_scores: Tensor, recall: float = 0.95, *
         rule: "standard" or "gallop".
 
     Raises:
-        InputError: no scores, NaN among them, or an unknown rule.
+        InputError: no scores, NaN among them, a share out of its range, or an unknown rule.
     """
+    if not 0 <= recall <= 1:
+        raise InputError(f"recall: expected a share between 0 and 1, got {recall}")
     if rule not in get_args(FprRule):
         raise InputError(f"rule: expected one of {get_args(FprRule)}, got {rule!r}")
     if rule == "gallop":

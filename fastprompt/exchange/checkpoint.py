@@ -14,34 +14,9 @@ from torch import Tensor
 
 from fastprompt.documents import check_file
 from fastprompt.errors import InputError
+from fastprompt.learners import METHODS, Learner
 
-# By method the tensors of its checkpoint, and how our learner calls them.
-NAMES = {
-    "gallop": {
-        "global_prompt": "global_prompts",
-        "local_prompts": "local_prompts",
-        "local_proj.linear.weight": "local_projection",
-    },
-    "cocoop": {
-        "ctx": "context",
-        "meta_net.linear1.weight": "meta_net.linear1.weight",
-        "meta_net.linear1.bias": "meta_net.linear1.bias",
-        "meta_net.linear2.weight": "meta_net.linear2.weight",
-        "meta_net.linear2.bias": "meta_net.linear2.bias",
-    },
-    "kgcoop": {"ctx": "context"},
-    "coop": {"ctx": "context"},
-}
-
-# How many axes the tensors have; those of the meta-net 1 or 2.
-AXES = {
-    "ctx": (2, 3),
-    "global_prompt": (3,),
-    "local_prompts": (3,),
-    "local_proj.linear.weight": (2,),
-    "token_prefix": (3,),
-    "token_suffix": (3,),
-}
+ROWS = ("token_prefix", "token_suffix")  # of CoOp's family: (R, 1, W) and (R, L, W), embedded prompts around ctx
 
 
 class _Inert:
@@ -89,40 +64,65 @@ class Checkpoint:
 
     Attributes:
         file: it was read from.
-        method: name of our learner.
-        learned: its tensors in float32, under our names.
-        start_of_text: (W,) embedding of the start-of-text token of its backbone; None in GalLoP's.
-        suffix: (R, L, W) what follows the context in each of R prompts: embedded names; None in GalLoP's.
-        arguments: of GalLoP's training script; empty for the others.
+        learner: our class of its method.
+        state: its tensors in float32, under their own names.
+        arguments: of its training script; empty where it does not say.
     """
 
     file: Path
-    method: str
-    learned: Mapping[str, Tensor]
-    start_of_text: Tensor | None
-    suffix: Tensor | None
+    learner: type[Learner]
+    state: Mapping[str, Tensor]
     arguments: Mapping[str, Any]
+
+    @property
+    def learned(self) -> dict[str, Tensor]:
+        """The learned tensors, under our names."""
+        return {ours: self.state[theirs] for theirs, ours in self.learner.foreign_names.items() if ours is not None}
+
+    @property
+    def rows(self) -> Tensor | None:
+        """The embedded names (R, L, W) behind each context of CoOp's family; None where they were not stored."""
+        return self.state.get(ROWS[1])
+
+    def options(self) -> dict[str, Any]:
+        """Options of our learner, as far as tensors and arguments of the training tell."""
+        try:
+            return self.learner.read_foreign(self.state, self.arguments)
+        except InputError as error:
+            raise InputError(f"{self.file}: {error}") from error
 
 
 def read_checkpoint(file: Path) -> Checkpoint:
-    """Read a ``model.pth.tar-N`` of CoOp, CoCoOp, KgCoOp, ProGrad or PLOT, or a ``.ckpt`` of GalLoP.
+    """Read a ``model.pth.tar-N`` of Dassl or a ``.ckpt`` of GalLoP; methods say themselves which of them are theirs.
 
     Raises:
-        InputError: no such file, one that needs code to be executed, or one without the tensors of these methods.
+        InputError: no such file, one that needs code to be executed, or one without the tensors of any method.
     """
     content = _read(file)
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict):
-        raise InputError(f"{file} must be a checkpoint of CoOp, CoCoOp, KgCoOp or GalLoP, but it has no state_dict")
+    stored = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(stored, dict):
+        raise InputError(f"{file}: expected a checkpoint with a state_dict, got one where it has no state_dict")
     # Of torch's data parallelism, and of code that stores the whole model.
-    state = {str(name).removeprefix("module.").removeprefix("prompt_learner."): value for name, value in state.items()}
-    method = _method(file, state)
-    if missing := NAMES[method].keys() - state.keys():
-        raise InputError(f"{file} is a checkpoint of {method} without the tensor {', '.join(sorted(missing))}")
-    learned = {ours: _tensor(file, state, theirs).float() for theirs, ours in NAMES[method].items()}
-    start = _tensor(file, state, "token_prefix")[0, 0].float() if "token_prefix" in state else None
-    suffix = _tensor(file, state, "token_suffix").float() if "token_suffix" in state and method != "gallop" else None
-    return Checkpoint(file, method, learned, start, suffix, _arguments(file, content.get("args")))
+    stored = {
+        str(name).removeprefix("module.").removeprefix("prompt_learner."): value for name, value in stored.items()
+    }
+    state = {name: value for name, value in stored.items() if _unreadable(value) is None}
+    learner = max(METHODS.values(), key=lambda method: (method.recognises(state), -len(method.foreign_names)))
+    if not learner.recognises(state):
+        known = ", ".join(sorted(name for name, method in METHODS.items() if "foreign_names" in vars(method)))
+        found = ", ".join(_shown(name, stored[name]) for name in sorted(stored)[:5]) or "nothing"
+        raise InputError(f"{file}: expected the tensors of one of {known}, got {found}")
+    needed = [name for name, ours in learner.foreign_names.items() if ours is not None]
+    for name in (name for name in needed if name not in state):
+        found = _shown(name, stored[name]) if name in stored else "none"
+        raise InputError(f"{file}: expected the tensor {name} of {learner.method}, got {found}")
+    rows = [name for name in ROWS if name in stored and "ctx" in learner.foreign_names]
+    for name in (name for name in rows if name not in state or state[name].dim() != 3):
+        raise InputError(f"{file}: expected {name} with 3 axes, got {_shown(name, stored[name])}")
+    taken = {name: state[name].float() for name in (*needed, *rows)}
+    checkpoint = Checkpoint(file, learner, taken, _arguments(file, content.get("args")))
+    checkpoint.options()  # refuses what is not of its method's shape
+    return checkpoint
 
 
 def _read(file: Path) -> Any:
@@ -138,45 +138,29 @@ def _read(file: Path) -> Any:
         raise InputError(f"{file} must be a checkpoint, but it cannot be read ({type(error).__name__})") from error
 
 
-def _tensor(file: Path, state: Mapping[str, Any], name: str) -> Tensor:
-    """A tensor of a state_dict, with as many axes as the published code gives it."""
-    axes, value = AXES.get(name, (1, 2)), state[name]
-    found = f"a {type(value).__name__}" if not isinstance(value, Tensor) else _unreadable(value)
-    if found is None and value.dim() not in axes:
-        found = f"of shape {tuple(value.shape)}"
-    if found is not None:
-        raise InputError(
-            f"{file} must hold {name} as a tensor with {' or '.join(map(str, axes))} axes, but it is {found}"
-        )
-    return value
-
-
-def _unreadable(tensor: Tensor) -> str | None:
-    """Why a tensor is not a plain array of floating-point numbers; None if it is one."""
+def _unreadable(tensor: object) -> str | None:
+    """Why something is not a plain array of finite floating-point numbers; None if it is one."""
+    if not isinstance(tensor, Tensor):
+        return f"a {type(tensor).__name__}"
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
         return "sparse, nested, quantised or without values"
     if not tensor.is_floating_point():
         return f"of {tensor.dtype}"
+    if not tensor.numel():
+        return f"empty, of shape {tuple(tensor.shape)}"
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         return f"expanded to shape {tuple(tensor.shape)} without the values for it"
-    return None
+    return None if tensor.float().isfinite().all() else "not finite: NaN or infinity is among its numbers"
+
+
+def _shown(name: str, value: Any) -> str:
+    """A tensor by its name and shape, or what it is instead."""
+    return f"{name} ({_unreadable(value) or ' x '.join(map(str, value.shape))})"
 
 
 def _arguments(file: Path, args: object) -> Mapping[str, Any]:
     """The arguments of a training script: a namespace as GalLoP stores it, or a dictionary."""
     found = {} if args is None else vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(found, dict):
-        raise InputError(f"{file} must hold args as a namespace or a dictionary, but they are a {type(found).__name__}")
+        raise InputError(f"{file}: expected args as a namespace or a dictionary, got a {type(found).__name__}")
     return found
-
-
-def _method(file: Path, state: Mapping[str, Tensor]) -> str:
-    """The method that a state_dict belongs to."""
-    if "global_prompt" in state or "local_prompts" in state:
-        return "gallop"
-    if "ctx" not in state:
-        found = ", ".join(sorted(state)[:5]) or "nothing"
-        raise InputError(f"{file} must hold ctx (CoOp, CoCoOp, KgCoOp) or global_prompt (GalLoP), but it holds {found}")
-    if "bias_vectors" in state:  # unused by KgCoOp, and in no other
-        return "kgcoop"
-    return "cocoop" if any(name.startswith("meta_net.") for name in state) else "coop"

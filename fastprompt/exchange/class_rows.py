@@ -19,8 +19,9 @@ SAME_EMBEDDING = 1e-2
 def read_class_rows(checkpoint: Checkpoint, backbone: Backbone, class_names: tuple[str, ...]) -> Checkpoint:
     """Compare the embedded names in ``token_suffix`` with those given, and read what the rows tell of the method.
 
-    N times as many rows as classes are PLOT's with N prompts. The same token in front of every name is the last word of
-    ProGrad's sentences with a comma, which that code does not train: it becomes the last token of the context.
+    Several contexts are those of the classes, one each, or PLOT's, with a row for every context and class. The same
+    token in front of every name is the last word of ProGrad's sentences with a comma, which that code does not train:
+    it becomes the last token of the context.
 
     Args:
         checkpoint: one without such buffers, such as GalLoP's, is returned as it is.
@@ -30,10 +31,16 @@ def read_class_rows(checkpoint: Checkpoint, backbone: Backbone, class_names: tup
     Raises:
         InputError: other classes, another number of them, or another order.
     """
-    rows = checkpoint.suffix
+    rows = checkpoint.rows
     if rows is None:
         return checkpoint
-    checkpoint, classes = _by_number_of_rows(checkpoint, len(rows))
+    context = checkpoint.state["ctx"]
+    several = context.dim() == 3 and len(context) != len(rows)
+    if several and len(rows) % max(len(context), 1):
+        raise InputError(
+            f"{checkpoint.file} has {len(context)} contexts, which do not fit its {len(rows)} embedded names"
+        )
+    classes = len(rows) // len(context) if several else len(rows)
     if classes != len(class_names):
         raise InputError(f"{checkpoint.file} knows {classes} classes, but {len(class_names)} are named")
     table = token_embeddings(backbone).cpu()
@@ -41,9 +48,8 @@ def read_class_rows(checkpoint: Checkpoint, backbone: Backbone, class_names: tup
     names = [table[ids] for ids in tokens.ids.cpu().split(tokens.lengths)]
     wrong = _first_difference(rows, names)
     if wrong is not None and (rows[:, 0] == rows[:1, 0]).all() and _first_difference(rows[:, 1:], names) is None:
-        context = checkpoint.learned["context"]
         last = rows[0, 0].expand(*context.shape[:-2], 1, -1)
-        return replace(checkpoint, learned={**checkpoint.learned, "context": torch.cat([context, last], dim=-2)})
+        return replace(checkpoint, state={**checkpoint.state, "ctx": torch.cat([context, last], dim=-2)})
     if wrong is not None:
         found = _read(rows[wrong], table, backbone)
         number = wrong % classes
@@ -52,16 +58,6 @@ def read_class_rows(checkpoint: Checkpoint, backbone: Backbone, class_names: tup
             "expected its own classes in its own order"
         )
     return checkpoint
-
-
-def _by_number_of_rows(checkpoint: Checkpoint, rows: int) -> tuple[Checkpoint, int]:
-    """The checkpoint, as PLOT's where it is one, and its number of classes."""
-    context = checkpoint.learned["context"]
-    if context.dim() == 2 or len(context) == rows:
-        return checkpoint, rows
-    if checkpoint.method != "coop" or rows % len(context):
-        raise InputError(f"{checkpoint.file} has {len(context)} contexts, which do not fit its {rows} embedded names")
-    return replace(checkpoint, method="plot", learned={"contexts": context}), rows // len(context)
 
 
 def _first_difference(rows: Tensor, names: list[Tensor]) -> int | None:

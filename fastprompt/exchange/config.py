@@ -15,9 +15,9 @@ from fastprompt.experiment.config import BackboneConfig, Config, PlaceConfig, Ru
 class ImportConfig(Config):
     """Turn a checkpoint of CoOp, CoCoOp, KgCoOp, ProGrad, PLOT (model.pth.tar-N) or GalLoP (.ckpt) into a run folder.
 
-    Nothing in the file is executed. Classes are named here; what the file holds of them, embedded names in order, must
-    be the same. ProGrad's becomes coop, which predicts alike. PLOT's has no pooled logits: that is as published,
-    except for ImageNet.
+    Methods of other packages read their own. Nothing in the file is executed. Classes are named here; what the file
+    holds of them, embedded names in order, must be the same. ProGrad's becomes coop, which predicts alike. PLOT's has
+    no pooled logits: that is as published, except for ImageNet.
     """
 
     file: Annotated[Positional[Path], arg(metavar="CHECKPOINT")]
@@ -25,9 +25,11 @@ class ImportConfig(Config):
     out: Path
     """Run folder to write."""
     data: Path | None = None
-    """Data folder that it was trained on: gives the class names, and is what evaluate tests on."""
+    """Data folder that it was trained on: gives the class names, and is what evaluate tests on.
+    Default: none; then --class-names are needed, and evaluate is given a folder."""
     class_names: Path | None = None
-    """Text file with one class name a line, in the order of the labels, in place of the data folder."""
+    """Text file with one class name a line, in the order of the labels. Default: the names of the
+    classes in --data."""
     split_file: Path | None = None
     """CoOp split file. Default: the one in the data folder, if there is one."""
     keep_underscores: bool | None = None
@@ -51,7 +53,7 @@ class ExportConfig(Config):
     force: bool = False
     """Replace a file that exists and holds something else. A run's own files are never replaced."""
     class_names: tuple[str, ...] = ()
-    """Other classes than those of the run."""
+    """Classes of the classifier. Default: those of the run."""
     device: str | None = None
     """Where it runs. Default: cuda if there is one."""
 

@@ -46,11 +46,9 @@ def training_source(
         progress: whether to show bars.
 
     Raises:
-        InputError: views without augmentation, a number of views below 0, or an image that cannot be read.
+        InputError: an image cannot be read.
     """
     asked, features = config.training, config.features
-    if asked.views < 0 or (asked.views and not asked.augment):
-        raise InputError(f"views: expected at least 0, and 0 without --augment, got {asked.views}")
     if not asked.augment:
         return feature_source(images, backbone, features, progress=progress, what="training images")
     read = KeptImages(images.paths, backbone.device, config.runtime.image_memory)
@@ -133,8 +131,6 @@ def _view_source(
     images: LabelledImages, read: KeptImages, backbone: Backbone, count: int, kept: FeatureConfig, progress: bool
 ) -> ViewSource:
     """Every view has a feature cache of its own, kept like that of images without augmentation."""
-    if not kept.cache:
-        raise InputError(f"views: {count} views are kept in the feature cache, but --no-cache is given")
     encode, views = encoder(backbone), []
     transform = image_transform(backbone).description
     for view in range(count):

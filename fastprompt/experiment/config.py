@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from tyro.conf import Positional, arg
 
 from fastprompt.documents import check_number, home_path
+from fastprompt.errors import InputError
 
 LOCAL = "local-dir:"
 
@@ -27,14 +28,15 @@ class Config:
     """
 
     def __init_subclass__(cls, **kwargs: object) -> None:
-        """Keep None out of the help: it stands for a default that the words of a setting tell."""
+        """Keep None and () out of the help: they stand for a default that the words of a setting tell."""
         super().__init_subclass__(**kwargs)
         hints, kinds = get_type_hints(cls, include_extras=True), get_type_hints(cls)
         for name in cls.__annotations__:
-            names = [PLAIN[kind] for kind in get_args(kinds[name]) if kind in PLAIN]
             default = getattr(cls, name, ...)
-            if names and getattr(default, "default", default) is None:
-                said = arg(metavar="|".join(names), help_behavior_hint="")
+            default = getattr(default, "default", default)
+            types = "|".join(PLAIN[kind] for kind in get_args(kinds[name]) if kind in PLAIN)
+            if default == () or (default is None and types):
+                said = arg(metavar=None if default == () else types, help_behavior_hint="")
                 own = getattr(hints[name], "__metadata__", ())  # behind what is said here, so that it counts
                 cls.__annotations__[name] = Annotated[(kinds[name], said, *own)]
 
@@ -44,6 +46,9 @@ class Config:
             check_number(value, setting.name)
             if isinstance(value, Path):
                 object.__setattr__(self, setting.name, home_path(value))
+            if isinstance(value, tuple):
+                found = tuple(home_path(one) if isinstance(one, Path) else one for one in value)
+                object.__setattr__(self, setting.name, found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +90,11 @@ class TrainingConfig(Config):
     zero_shot_template: str | None = None
     """Sentence of the zero-shot row that the result is compared with. Default: the one of the recipe's data set."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.views < 0 or (self.views and not self.augment):
+            raise InputError(f"views: expected at least 0, and 0 without --augment, got {self.views}")
+
     def given(self) -> dict[str, Any]:
         """Numbers that stand in place of the recipe's."""
         numbers = {name: getattr(self, name) for name in ("epochs", "batch_size", "lr", "weight_decay")}
@@ -98,18 +108,20 @@ class BackboneConfig(Config):
     backbone: str = "ViT-B-16-quickgelu"
     """open_clip architecture, "hf-hub:org/model", "local-dir:folder", or "demo" for the small built-in model."""
     pretrained: str | None = None
-    """open_clip tag (such as openai; downloaded once) or a .safetensors file. Not used with the last three."""
+    """open_clip tag (openai; downloaded once) or .safetensors file; needed by all others than the last three."""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """Precision of the frozen weights; learned tensors are always float32."""
+    patch_features: Literal["value", "published"] = "value"
+    """value: by the value path, as in GalLoP's code; published: by attention pooling, as in PLOT's (ResNets alone)."""
 
     def absolute(self) -> dict[str, Any]:
         """The settings with absolute paths: a run is used from other folders, too."""
         name, weights = self.backbone, self.pretrained
         if name.startswith(LOCAL):
             name = f"{LOCAL}{home_path(name.removeprefix(LOCAL)).resolve()}"
-        if weights is not None and Path(weights).is_file():
-            weights = str(Path(weights).resolve())
-        return {"backbone": name, "pretrained": weights, "precision": self.precision}
+        if weights is not None and (file := home_path(weights)).is_file():
+            weights = str(file.resolve())
+        return {**asdict(self), "backbone": name, "pretrained": weights}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +148,6 @@ class PlaceConfig(Config):
     def loading(self) -> dict[str, Any]:
         """Arguments of ``load_backbone`` that do not change the model."""
         return {"device": self.device, "cache_dir": self.weights_dir}
-
-    def kept_weights_dir(self) -> str | None:
-        """The folder of weights as a finished run records it."""
-        return None if self.weights_dir is None else str(self.weights_dir.resolve())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +179,7 @@ class EvaluateConfig(Config):
     classes: Literal["all", "base", "new"] = "all"
     """Which classes of it: all, the first half, or the second half."""
     ood: Path | None = None
-    """Folder of images of no class, at any depth; adds how well they are told apart (FPR95, AUROC)."""
+    """Folder of images of no class, at any depth, to be told apart (FPR95, AUROC). Default: images of classes alone."""
     ood_kind: Literal["mcm", "l-mcm", "gl-mcm"] = "gl-mcm"
     """Out-of-distribution score: of the image, of its patches, or both."""
     fpr_rule: Literal["standard", "gallop"] = "standard"
@@ -187,12 +195,12 @@ class PredictConfig(Config):
 
     run: Run
     """Run folder that train wrote."""
-    images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE [IMAGE ...]")]
+    images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="(required)")]
     """Image files, or folders of images."""
     top: int = 3
     """How many classes to show."""
     class_names: tuple[str, ...] = ()
-    """Other classes than those of the run, in its learned context."""
+    """Classes to choose from, in the learned context. Default: those of the run."""
     device: str | None = None
     """Where it runs. Default: cuda if there is one."""
 

@@ -50,13 +50,23 @@ class Experiment(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.training is not None and self.training.views and not self.features.cache:
+            count = self.training.views
+            raise InputError(f"views: {count} views are kept in the feature cache, but --no-cache is given")
         if self.recipe != self.made_for:
             raise InputError(f"recipe: this configuration was made for {self.made_for!r}, got {self.recipe!r}")
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of the method's learner."""
-        return {option.name: getattr(self.learner, option.name) for option in fields(self.learner)}
+        """Arguments of the method's learner, files with absolute paths: a run is used from other folders, too."""
+        options = {option.name: getattr(self.learner, option.name) for option in fields(self.learner)}
+        return options | {name: str(file) for name, file in self.files.items()}
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The files that the method's learner reads, by the options that name them."""
+        given = {name: getattr(self.learner, name) for name in find_method(self.method).files}
+        return {name: home_path(file).resolve() for name, file in given.items() if file is not None}
 
     @property
     def run_name(self) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from fastprompt.backbone import ImageFeatures
 from fastprompt.data import load_image
-from fastprompt.errors import InputError
+from fastprompt.errors import InputError, listed
 from fastprompt.experiment.config import ExplainConfig
 from fastprompt.experiment.runs import load_run
 from fastprompt.experiment.sources import features_of, image_transform
@@ -44,7 +44,7 @@ def _class_index(learner: Learner, class_name: str | None, features: ImageFeatur
         return int(learner.predict(features)[0].argmax())
     if class_name not in learner.class_names:
         raise InputError(
-            f"class_name: {class_name!r} is not one of the {len(learner.class_names)} classes of this run "
-            f"({', '.join(learner.class_names[:5])}, ...)"
+            f"class_name: expected one of the {len(learner.class_names)} classes of this run "
+            f"({listed(learner.class_names)}), got {class_name!r}"
         )
     return learner.class_names.index(class_name)

@@ -31,15 +31,30 @@ def data_identity(
     if config.training is not None:
         identity["training_images"] = _digest(train, progress)
     identity["test_images"] = _digest(dataset.test, progress)
-    files = {name: Path(value) for name, value in config.options.items() if isinstance(value, str)}
-    for name, file in files.items():
-        if file.is_file():
-            identity[f"{name}_contents"] = f"sha256 {hash_files([file], progress=False)[0][:16]}"
+    for name, file in config.files.items():
+        identity[f"{name}_contents"] = file_identity(file, name)
     return identity
+
+
+def file_identity(file: Path, what: str) -> str:
+    """Digest the contents of a file: "sha256 0123456789abcdef".
+
+    Args:
+        file: to be read.
+        what: how messages call it, such as "checkpoint".
+
+    Raises:
+        InputError: it is no regular file, or cannot be read.
+    """
+    return _short(hash_files([file], what=what, progress=False)[0])
 
 
 def _digest(images: LabelledImages, progress: bool) -> str:
     """Such as "16 images, sha256 0123456789abcdef", of contents and labels in their order, not of the files' names."""
     lines = zip(hash_files(images.paths, progress=progress), images.labels, strict=True)
     digest = hashlib.sha256("".join(f"{content} {label}\n" for content, label in lines).encode())
-    return f"{len(images)} images, sha256 {digest.hexdigest()[:16]}"
+    return f"{len(images)} images, {_short(digest.hexdigest())}"
+
+
+def _short(digest: str) -> str:
+    return f"sha256 {digest[:16]}"

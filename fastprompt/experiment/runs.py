@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from fastprompt.backbone import Backbone, load_backbone
+from fastprompt.backbone.class_tokens import check_class_names
 from fastprompt.data import readable_name
 from fastprompt.documents import build, check_object
 from fastprompt.errors import InputError
@@ -40,14 +41,15 @@ def load_run(
     if backbone is None:
         precision = run_settings(run).precision
         place = {"device": device, "precision": precision, "cache_dir": described.weights_dir}
-        backbone = load_backbone(described.backbone, described.pretrained, **place)
+        backbone = load_backbone(described.backbone, described.pretrained, patches=described.patches, **place)
     learner = rebuild(described, tensors, backbone, run.path / MODEL)
     return learner.with_class_names(_readable(class_names, run)) if class_names else learner
 
 
 def _readable(class_names: Sequence[str], run: RunFolder) -> list[str]:
     keep = run_settings(run).keep_underscores
-    names = [readable_name(name, keep, f"class_names: name {number}") for number, name in enumerate(class_names, 1)]
+    given = enumerate(check_class_names(class_names), 1)
+    names = [readable_name(name, keep, f"class_names: name {number}") for number, name in given]
     if repeated := [name for number, name in enumerate(names) if name in names[:number]]:
         raise InputError(f"class_names: expected every class once, got {repeated[0]!r} twice")
     return names

@@ -39,7 +39,8 @@ def image_transform(backbone: Backbone) -> ImageTransform:
 def open_backbone(config: BackboneConfig, place: PlaceConfig) -> Backbone:
     """Load the backbone that a configuration names."""
     chosen = config.absolute()
-    return load_backbone(chosen.pop("backbone"), **chosen, **place.loading())
+    name, patches = chosen.pop("backbone"), chosen.pop("patch_features")
+    return load_backbone(name, patches=patches, **chosen, **place.loading())
 
 
 @torch.no_grad()

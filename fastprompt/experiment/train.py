@@ -55,8 +55,9 @@ class TrainedRun:
 def train_run(config: Experiment, *, backbone: Backbone | None = None, progress: bool = True) -> TrainedRun:
     """Train and test one learner as configured; what can be wrong with the input is checked before the long work.
 
-    An unfinished run in the same folder is resumed; of a finished one the results are read. The contents of the data
-    belong to what is compared. No other process may work on the folder meanwhile.
+    An unfinished run in the same folder is resumed; of a finished one the results are read, and no file is written that
+    is there. The contents of the data and the weights of the backbone belong to what is compared. No other process may
+    work on the folder meanwhile.
 
     Args:
         config: what to do.
@@ -74,15 +75,17 @@ def train_run(config: Experiment, *, backbone: Backbone | None = None, progress:
     if (drawn := config.training) is not None:
         train = few_shot(train, drawn.shots or None, drawn.seed, drawn.sampler)
     train = select_classes(train, data.classes)  # after the draw, as published
-    asked = config.resolved() | data_identity(config, dataset, train, progress=progress)
+    backbone = backbone or open_backbone(config.backbone, config.runtime)
+    asked = config.resolved() | {"weights": backbone.fingerprint}
+    asked |= data_identity(config, dataset, train, progress=progress)
     run = RunFolder.create_or_resume(config.out or default_run_folder(config, dataset), asked)
     with run.locked():
         found = run.complete and bool(run.metrics(EVALUATION))
         if not found:
-            backbone = backbone or open_backbone(config.backbone, config.runtime)
             _train_and_test(run, config, dataset, train, backbone, progress)
         table = results_table(run, dataset.name)
-        _write_report(config, run, table)
+        if not found or not (run.path / REPORT).exists():
+            _write_report(config, run, table)
     return TrainedRun(run, table, found)
 
 
@@ -97,15 +100,20 @@ def _train_and_test(
     """Do what the run still lacks of training, saving and testing."""
     learner, *peers = _learners(config, backbone, train.class_names)
     learner.check()
-    tests = _tests(dataset, backbone, config, progress)
+    parts = ("all",) if config.data.classes == "all" else ("base", "new")
+    images = {part: select_classes(dataset.test, part) for part in parts}
     for row in (learner, *peers):
-        for _, class_names in tests.values():
-            row.with_class_names(class_names)  # checks that they fit
+        for some in images.values():
+            row.with_class_names(some.class_names)  # checks that they fit, before any image is encoded
+    tests = {
+        part: (feature_source(some, backbone, config.features, progress=progress, what="test images"), some.class_names)
+        for part, some in images.items()
+    }
     if config.training is not None:
         source = training_source(train, backbone, config, progress=progress)
         fit(learner, source, config.settings(), run=run, progress=progress)
     if not run.complete:
-        run.save_model(learner, {"options": learner.options, "weights_dir": config.runtime.kept_weights_dir()})
+        run.save_model(learner, config.runtime.weights_dir)
     run.log(EVALUATION, results={row.method: _test(row, tests, progress) for row in (*peers, learner)})
 
 
@@ -125,18 +133,6 @@ def _learners(config: Experiment, backbone: Backbone, class_names: Sequence[str]
     if config.training is None:
         return [learner]
     return [learner, ZeroShot(backbone, class_names, template=config.zero_shot_template())]
-
-
-def _tests(
-    dataset: Dataset, backbone: Backbone, config: Experiment, progress: bool
-) -> dict[str, tuple[FeatureSource, tuple[str, ...]]]:
-    """Test images as features, and their class names: "all", or "base" and "new" where only base classes are known."""
-    parts = ("all",) if config.data.classes == "all" else ("base", "new")
-    images = {part: select_classes(dataset.test, part) for part in parts}
-    return {
-        part: (feature_source(some, backbone, config.features, progress=progress, what="test images"), some.class_names)
-        for part, some in images.items()
-    }
 
 
 def _test(

@@ -1,11 +1,17 @@
-"""Prompt learners, one file a method. Every module of this folder is imported, so that a new file is a new method."""
+"""Prompt learners, one file a method.
+
+Every module of this folder is imported, so that a new file is a new method, and so are the modules that installed
+packages name under the entry points of the group ``fastprompt.methods``.
+"""
 
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from pkgutil import iter_modules
 
 from fastprompt.backbone import Backbone
@@ -51,6 +57,18 @@ __all__ = [
 
 for _module in sorted(module.name for module in iter_modules(__path__)):
     import_module(f"{__name__}.{_module}")
+
+
+def _import_methods(package: EntryPoint) -> None:
+    """Import another package's module of methods, or say why that cannot be done."""
+    try:
+        import_module(package.module)  # not load(): the package itself may be what imports this module
+    except Exception:  # another's fault, which must not take all methods along
+        logging.getLogger(__name__).exception("methods of %s cannot be used: %s", package.dist.name, package.value)
+
+
+for _package in entry_points(group="fastprompt.methods"):
+    _import_methods(_package)
 
 
 def find_method(method: str) -> type[Learner]:

@@ -56,10 +56,14 @@ class Learner(HubLearner, BackboneHolder, ABC):
         method: name of the method, as on the command line.
         learns: whether there is anything to train.
         recipes: how the method was published: "default", and by data set where that differs.
+        files: options that name files, whose contents belong to a run.
         reads: what ``forward`` and ``loss`` read of an image: ``POOLED``, or ``PATCHES`` for both.
         fixed_text: whether an image is compared with the same text features as every other.
         independent_images: whether the scores of an image do not depend on the other images of its batch.
         contexts_named: names of the learned tensors that are contexts, (..., M, W).
+        foreign_names: what published checkpoints of this very class call its tensors, and what they are called here, or
+            None for those that nobody needs.
+        keeps_underscores: whether the published code reads class names as they are written.
         telling: options that ``repr`` shows beside those that are not at their defaults.
         class_specific: whether learned tensors belong to single classes, so that other classes cannot be named.
         backbone: the frozen model.
@@ -74,13 +78,20 @@ class Learner(HubLearner, BackboneHolder, ABC):
     fixed_text: ClassVar[bool] = True
     independent_images: ClassVar[bool] = True
     contexts_named: ClassVar[tuple[str, ...]] = ()
+    foreign_names: ClassVar[Mapping[str, str | None]] = {}
+    keeps_underscores: ClassVar[bool] = False
+    files: ClassVar[tuple[str, ...]] = ()
     telling: ClassVar[tuple[str, ...]] = ()
     class_specific: bool = False
+    __signature__: ClassVar[inspect.Signature]
     class_names: tuple[str, ...]
     options: dict[str, Any]
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
+        signature = inspect.signature(cls.__init__)
+        _, *parameters = signature.parameters.values()
+        cls.__signature__ = signature.replace(parameters=parameters)  # help() would show that of __new__
         if "method" not in cls.__dict__:
             return
         known = METHODS.get(cls.method, cls)
@@ -89,8 +100,7 @@ class Learner(HubLearner, BackboneHolder, ABC):
             raise InputError(f"method {cls.method!r} of {cls.__qualname__} is the name of another method, {taken}")
         if "default" not in cls.__dict__.get("recipes", {}):  # inherited ones would claim another method's numbers
             raise InputError(f"recipes of {cls.__qualname__}: expected a recipe named 'default', got none")
-        _, _, _, *others = inspect.signature(cls.__init__).parameters.values()
-        if others and (foreign := [str(one) for one in others if one.kind is not one.KEYWORD_ONLY]):
+        if foreign := [str(one) for one in parameters[2:] if one.kind is not one.KEYWORD_ONLY]:
             raise InputError(
                 f"constructor of {cls.__qualname__}: expected (self, backbone, class_names, *, options by name), got "
                 f"{foreign[0]}"  # which would not be recorded
@@ -114,6 +124,26 @@ class Learner(HubLearner, BackboneHolder, ABC):
         """The keyword arguments of the constructor, by name."""
         parameters = inspect.signature(cls.__init__).parameters
         return {name: parameter for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
+
+    @classmethod
+    def recognises(cls, state: Mapping[str, Tensor]) -> int:
+        """How many tensors of a published ``state_dict`` are this method's: that which knows most of them takes it."""
+        return len(vars(cls).get("foreign_names", {}).keys() & state.keys())
+
+    @classmethod
+    def read_foreign(cls, state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of the learner that a published checkpoint holds; by default the length of its one context.
+
+        Args:
+            state: all tensors of ``foreign_names``, under the names of the published code.
+            arguments: of its training script, where it stored them.
+
+        Raises:
+            InputError: tensors or arguments that do not belong together.
+        """
+        contexts = [theirs for theirs, ours in cls.foreign_names.items() if ours in cls.contexts_named]
+        own = "context" in cls.option_parameters() and len(contexts) == 1
+        return {"context": check_axes(state, contexts[0], 2).shape[0]} if own else {}
 
     def __repr__(self) -> str:
         """Such as GalLoP(64 classes, ViT-B-16 openai, k=(5, 10, 15, 20), 606,208 learned)."""
@@ -208,6 +238,14 @@ class Learner(HubLearner, BackboneHolder, ABC):
         other = copy.copy(self)
         other._set_classes(class_names)
         return other
+
+
+def check_axes(state: Mapping[str, Tensor], name: str, *axes: int) -> Tensor:
+    """The tensor of that name; ``InputError`` unless it has one of these numbers of axes."""
+    if state[name].dim() not in axes:
+        expected = " or ".join(map(str, axes))
+        raise InputError(f"{name}: expected a tensor with {expected} axes, got shape {tuple(state[name].shape)}")
+    return state[name]
 
 
 def check_weight(name: str, weight: float) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastprompt.backbone import ImageFeatures
 from fastprompt.learners.base import POOLED
-from fastprompt.learners.conditional import ImageConditional
+from fastprompt.learners.conditional import META_NET, ImageConditional
 from fastprompt.learners.recipe import Recipe
 
 
@@ -28,6 +28,7 @@ class CoCoOp(ImageConditional):
 
     method: ClassVar[str] = "cocoop"
     reads: ClassVar[frozenset[str]] = POOLED
+    foreign_names: ClassVar[Mapping[str, str | None]] = {"ctx": "context", **{name: name for name in META_NET}}
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "default": Recipe(source="CoCoOp's code, vit_b16_c4_ep10_batch1_ctxv1", epochs=10, batch_size=1),
     }

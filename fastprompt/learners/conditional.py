@@ -14,6 +14,8 @@ from fastprompt.backbone import Backbone, ImageFeatures
 from fastprompt.learners.base import Scores
 from fastprompt.learners.text import PromptLearner, initial_context
 
+META_NET = tuple(f"meta_net.linear{number}.{kind}" for number in (1, 2) for kind in ("weight", "bias"))
+
 
 class ImageConditional(PromptLearner):
     """A learner whose context depends on the image: B images are B groups of contexts, encoded in one pass.

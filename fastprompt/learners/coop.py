@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastprompt.backbone import Backbone, ImageFeatures
 from fastprompt.backbone.class_tokens import check_class_names
 from fastprompt.errors import InputError
-from fastprompt.learners.base import POOLED, Scores
+from fastprompt.learners.base import POOLED, Scores, check_axes
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.text import TextLearner, initial_context
 
@@ -37,6 +37,7 @@ class CoOp(TextLearner):
     method: ClassVar[str] = "coop"
     reads: ClassVar[frozenset[str]] = POOLED
     contexts_named: ClassVar[tuple[str, ...]] = ("context",)
+    foreign_names: ClassVar[Mapping[str, str | None]] = {"ctx": "context"}
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "default": Recipe(source="CoOp's code, vit_b16_ctxv1 (base-to-new)", epochs=EPOCHS),
         "imagenet": Recipe(source="CoOp's code, vit_b16_ctxv1 (base-to-new)", epochs=50),
@@ -61,6 +62,13 @@ class CoOp(TextLearner):
         super().__init__(backbone, class_names, context_tokens=starts.shape[1], suffix=".")
         self.position, self.class_specific = position, class_specific
         self.context = nn.Parameter(starts if class_specific else starts[0])  # (C, M, W) or (M, W)
+
+    @classmethod
+    def read_foreign(cls, state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """See ``Learner``; where the name stood, a checkpoint does not say."""
+        context = check_axes(state, "ctx", 2, 3)
+        options = {"context": context.shape[-2], "class_specific": context.dim() == 3}
+        return {name: options[name] for name in options if name in cls.option_parameters()}  # for KgCoOp, too
 
     def encode_text(self) -> Tensor:
         """See ``TextLearner``; G = 1."""

@@ -48,6 +48,7 @@ class DuAlPT(TextLearner):
     method: ClassVar[str] = "dualpt"
     independent_images: ClassVar[bool] = False
     contexts_named: ClassVar[tuple[str, ...]] = ("contexts",)
+    files: ClassVar[tuple[str, ...]] = ("descriptions",)
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "default": Recipe(source=OURS, epochs=EPOCHS, batch_size=128),
         "imagenet": Recipe(source=OURS, epochs=50, batch_size=128),

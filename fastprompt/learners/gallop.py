@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from fastprompt.backbone import Backbone, ImageFeatures
 from fastprompt.backbone.backbone import at_least_float32
+from fastprompt.documents import check_type
 from fastprompt.errors import InputError
-from fastprompt.learners.base import Scores, check_prompts
+from fastprompt.learners.base import Scores, check_axes, check_prompts
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.text import TextLearner, initial_context
 
@@ -39,6 +40,12 @@ class GalLoP(TextLearner):
 
     method: ClassVar[str] = "gallop"
     contexts_named: ClassVar[tuple[str, ...]] = ("global_prompts", "local_prompts")
+    foreign_names: ClassVar[Mapping[str, str | None]] = {
+        "global_prompt": "global_prompts",
+        "local_prompts": "local_prompts",
+        "local_proj.linear.weight": "local_projection",
+    }
+    keeps_underscores: ClassVar[bool] = True
     telling: ClassVar[tuple[str, ...]] = ("k",)
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "default": Recipe(source=CODE, epochs=200, weight_decay=1e-2, warmup_epochs=0),
@@ -64,6 +71,18 @@ class GalLoP(TextLearner):
         self.global_prompts = nn.Parameter(starts[:global_prompts].clone())  # (m, M, W)
         self.local_prompts = nn.Parameter(starts[global_prompts:].clone())  # (n, M, W)
         self.local_projection = nn.Parameter(torch.eye(backbone.patch_width, device=backbone.device))
+
+    @classmethod
+    def read_foreign(cls, state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """See ``Learner``; what the training script was not given is as published."""
+        shared, local = (check_axes(state, name, 3) for name in ("global_prompt", "local_prompts"))
+        k, dropout = arguments.get("topk", [5, 10, 15, 20]), arguments.get("global_dropout_p", 0.75)
+        check_type(k, Sequence[int], "topk of its training script")
+        check_type(dropout, float, "global_dropout_p of its training script")
+        k = list(k) * (len(local) if len(k) == 1 else 1)
+        if len(k) != len(local):
+            raise InputError(f"topk of its training script: expected {len(local)} numbers, as local prompts, got {k}")
+        return {"global_prompts": len(shared), "k": k, "dropout": dropout, "context": local.shape[1]}
 
     def encode_text(self) -> Tensor:
         """See ``TextLearner``; G = m + n, global prompts first."""

@@ -36,9 +36,10 @@ class BackboneHolder(nn.Module):
             InputError: the learner was unpickled, and its backbone was not set again.
         """
         if isinstance(self._backbone, dict):
+            name, weights, patches = (self._backbone[name] for name in ("name", "pretrained", "patches"))
             raise InputError(
                 f"backbone: a pickled {type(self).__name__} comes without it: set "
-                f"learner.backbone = load_backbone({self._backbone['name']!r}, {self._backbone['pretrained']!r})"
+                f"learner.backbone = load_backbone({name!r}, {weights!r}, patches={patches!r})"
             )
         return self._backbone
 
@@ -83,5 +84,5 @@ class BackboneHolder(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         held = self._backbone
         if isinstance(held, Backbone):
-            held = {name: getattr(held, name) for name in ("name", "pretrained", "fingerprint")}
+            held = {name: getattr(held, name) for name in ("name", "pretrained", "patches", "fingerprint")}
         return {**self.__dict__, "_backbone": held}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastprompt.backbone import Backbone
 from fastprompt.learners.base import Scores, check_weight
+from fastprompt.learners.conditional import META_NET
 from fastprompt.learners.coop import CoOp
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.templates import DEFAULT_TEMPLATE, TEMPLATES
@@ -34,6 +35,10 @@ class KgCoOp(CoOp):
     """
 
     method: ClassVar[str] = "kgcoop"
+    # Stored beside the context, and never used.
+    foreign_names: ClassVar[Mapping[str, str | None]] = {
+        "ctx": "context", "bias_vectors": None, **dict.fromkeys(META_NET)
+    }  # fmt: skip
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "default": Recipe(**PUBLISHED),
         **{dataset: Recipe(**PUBLISHED, options={"template": text}) for dataset, text in SENTENCES.items()},

@@ -24,17 +24,24 @@ class Memo:
     def get(self, make: Callable[[], Tensor], key: Hashable, read: Iterable[Tensor] = ()) -> Tensor:
         """What ``make`` returned for an equal key and equal tensors.
 
+        Inside of a caller's CUDA-graph capture nothing is kept, for nothing is computed before a replay, and tensors
+        cannot be compared, for which the host would wait: there, what they decide is computed anew.
+
         Args:
             make: computes it; without gradient, outside of inference mode: what is kept may serve a training later.
             key: what decides the result beside the tensors.
             read: tensors that decide the result.
         """
         read = list(read)
-        if self._kept is None or self._kept[0] != key or not _equal(self._kept[1], read):
-            with torch.inference_mode(False), torch.no_grad():
-                copies = [tensor.detach().clone() for tensor in read]
-                self._kept = key, copies, make()
-        return self._kept[2]
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        kept = None if capturing and read else self._kept
+        if kept is not None and kept[0] == key and _equal(kept[1], read):
+            return kept[2]
+        with torch.inference_mode(False), torch.no_grad():
+            made = make()
+            if not capturing:
+                self._kept = key, [tensor.detach().clone() for tensor in read], made
+        return made
 
 
 def _equal(ones: list[Tensor], others: list[Tensor]) -> bool:

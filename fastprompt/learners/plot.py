@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,8 @@ class PLOT(TextLearner):
     by a rule that looks at the whole batch, so a logit depends slightly on the other images of its batch. This follows
     the published code, with contexts shared by all classes.
 
-    That code has a ResNet-50 whose patches went through attention pooling; here they are the value-path features of
-    ``Backbone.encode_images``.
+    That code has a ResNet-50 whose patches went through attention pooling: ``load_backbone(..., patches="published")``
+    gives these. By default they are the value-path features of ``Backbone.encode_images``.
 
     Args:
         backbone: the frozen model.
@@ -46,6 +46,7 @@ class PLOT(TextLearner):
     method: ClassVar[str] = "plot"
     independent_images: ClassVar[bool] = False
     contexts_named: ClassVar[tuple[str, ...]] = ("contexts",)
+    foreign_names: ClassVar[Mapping[str, str | None]] = {"ctx": "contexts"}
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "default": Recipe(source=CODE, epochs=EPOCHS, batch_size=128),
         **{name: Recipe(source=SMALL, epochs=EPOCHS) for name in ("flowers102", "fgvc_aircraft", "stanford_cars")},
@@ -69,6 +70,21 @@ class PLOT(TextLearner):
         super().__init__(backbone, class_names, context_tokens=starts.shape[1], suffix=".")
         self.transport, self.pooled = transport, pooled
         self.contexts = nn.Parameter(starts)  # (N, M, W)
+
+    @classmethod
+    def recognises(cls, state: Mapping[str, Tensor]) -> int:
+        """See ``Learner``; its embedded names are some times as many as its contexts, where CoOp's are as many."""
+        shapes = [state[name].shape for name in ("ctx", "token_suffix") if name in state]
+        if [len(shape) for shape in shapes] != [3, 3] or not 0 < shapes[0][0] < shapes[1][0]:
+            return 0
+        known = super().recognises(state)
+        return known + 1 if known and shapes[1][0] % shapes[0][0] == 0 else 0
+
+    @classmethod
+    def read_foreign(cls, state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """See ``Learner``; the rest is as published, except for ImageNet."""
+        prompts, tokens, _ = state["ctx"].shape
+        return {"prompts": prompts, "context": tokens}
 
     def encode_text(self) -> Tensor:
         """See ``TextLearner``; G = N + 1, the last for the pooled feature: the mean of the prompts, not normalised."""

@@ -44,7 +44,7 @@ class ProGrad(CoOp):
     """ProGrad: CoOp without the part of each gradient that contradicts zero-shot CLIP (arXiv 2205.14865).
 
     With g the gradient of the cross-entropy and k that of the divergence from zero-shot CLIP's probabilities, a step
-    follows g where <g, k> >= 0, and g - weight * <g, k> k / |k|^2 elsewhere. It needs two backward passes, which
+    follows g where <g, k> >= 0, and g - weight * <g, k> / <k, k> * k elsewhere. It needs two backward passes, which
     ``loss(scores, labels).backward()`` makes; gradients of several batches add up, each projected on its own. This
     follows the published code, except that the last word of a context with a comma, which is not trained there, is
     trained.

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
 from fastprompt.backbone import Backbone, load_backbone
+from fastprompt.backbone.image_towers import Patches
 from fastprompt.documents import build, parse_json
 from fastprompt.errors import InputError, listed
 from fastprompt.files import read_tensors, write_file, write_tensors
@@ -20,17 +21,20 @@ from fastprompt.learners.card import card_text
 if TYPE_CHECKING:
     from fastprompt.learners.base import Learner
 
-MODEL, METADATA = "model.safetensors", "fastprompt"
+MODEL = "model.safetensors"
+METADATA = "fastprompt"  # safetensors keeps strings only: ours is one JSON object under this key
 
 
 def describe(learner: Learner) -> dict[str, Any]:
-    """What a learner is made from, beside its learned tensors and its options: what JSON can hold."""
+    """What a learner is made from, beside its learned tensors: what JSON can hold."""
     return {
         "method": learner.method,
         "class_names": list(learner.class_names),
         "backbone": learner.backbone.name,
         "pretrained": learner.backbone.pretrained,
+        "patches": learner.backbone.patches,
         "fingerprint": learner.backbone.fingerprint,
+        "options": learner.options,
     }
 
 
@@ -44,6 +48,7 @@ class Description:
         backbone: name of the backbone.
         pretrained: its weights, as ``load_backbone`` takes them.
         fingerprint: of the backbone.
+        patches: which patch features the backbone gives.
         options: from which the learner was made.
         weights_dir: where the backbone's weights were downloaded to, if not to open_clip's own folder.
     """
@@ -54,6 +59,7 @@ class Description:
     pretrained: str | None
     fingerprint: str
     options: dict[str, Any]
+    patches: Patches = "value"
     weights_dir: str | None = None
 
 
@@ -136,8 +142,7 @@ class HubLearner(ModelHubMixin, library_name="fastprompt", tags=["prompt-learnin
             settings: how it was trained, such as ``TrainingSettings``.
             accuracy: share of test images that it named right.
         """
-        described = {**describe(self), "options": self.options}
-        text = card_text(self, described, repository=repo_id, training=settings, accuracy=accuracy)
+        text = card_text(self, describe(self), repository=repo_id, training=settings, accuracy=accuracy)
         return ModelCard(text)
 
     def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **where: Any) -> str:
@@ -146,9 +151,9 @@ class HubLearner(ModelHubMixin, library_name="fastprompt", tags=["prompt-learnin
         return super().push_to_hub(repo_id, model_card_kwargs=facts, **where)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        described = {METADATA: {**describe(self), "options": self.options}}
-        write_tensors(save_directory / MODEL, self.state_dict(), {METADATA: json.dumps(described[METADATA])})
-        write_file(save_directory / "config.json", json.dumps(described, indent=2) + "\n")
+        described = describe(self)
+        write_tensors(save_directory / MODEL, self.state_dict(), {METADATA: json.dumps(described)})
+        write_file(save_directory / "config.json", json.dumps({METADATA: described}, indent=2) + "\n")
 
     @classmethod
     def _from_pretrained(
@@ -169,5 +174,6 @@ class HubLearner(ModelHubMixin, library_name="fastprompt", tags=["prompt-learnin
         if described.method != own:
             raise InputError(f"{file} holds a learner of {described.method}, not of {own}")
         if backbone is None:
-            backbone = load_backbone(described.backbone, described.pretrained, device=device, precision=precision)
+            place = {"device": device, "precision": precision, "patches": described.patches}
+            backbone = load_backbone(described.backbone, described.pretrained, **place)
         return rebuild(described, learned, backbone, file)

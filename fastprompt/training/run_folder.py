@@ -16,7 +16,7 @@ from torch import Tensor
 from fastprompt.documents import build, check_object, check_type, parse_json, read_json, read_text
 from fastprompt.errors import InputError
 from fastprompt.files import LOCK, TEMPORARY, locked, read_tensors, write_file, write_tensors
-from fastprompt.learners.stored import describe
+from fastprompt.learners.stored import METADATA, MODEL, describe
 from fastprompt.training.environment import environment
 from fastprompt.training.metrics import EpochMetrics
 from fastprompt.training.state import TrainingState
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
-MODEL, STATE = "model.safetensors", "training_state.safetensors"
-METADATA = "fastprompt"  # safetensors keeps strings only: ours is one JSON object under this key
+STATE = "training_state.safetensors"
 NOT_SET = "(not set)"
 DIVERGED = "diverged"  # kind of line in metrics.jsonl, and the entry of config.json about earlier learning rates
 
@@ -200,15 +199,14 @@ class RunFolder:
         file = self.path / STATE
         return TrainingState.from_file(file) if os.path.lexists(file) else None
 
-    def save_model(self, learner: Learner, extra: Mapping[str, Any] | None = None) -> None:
+    def save_model(self, learner: Learner, weights_dir: Path | None = None) -> None:
         """Write the learned tensors, which completes the run; the training state is not needed any more.
 
         Args:
-            learner: Its method, class names and the identity of its backbone go into the file's metadata, which is one
-                JSON object under the key "fastprompt".
-            extra: More metadata, for instance what is needed to build the learner again; what JSON can hold.
+            learner: What it is made from goes into the file's metadata, one JSON object under the key "fastprompt".
+            weights_dir: Where the weights of its backbone were downloaded to, if not to open_clip's own folder.
         """
-        metadata = {**describe(learner), **(extra or {})}
+        metadata = {**describe(learner), "weights_dir": None if weights_dir is None else str(weights_dir.resolve())}
         with self._writing():
             write_tensors(self.path / MODEL, learner.state_dict(), {METADATA: json.dumps(metadata)})
             (self.path / STATE).unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -57,14 +58,31 @@ def runs_triton(impl: str, device: torch.device, dtype: torch.dtype, too_much: s
 
 
 def on_its_device(kernel: Callable) -> Callable:
-    """Run a function while the device of its first tensor is the current one, on which Triton launches kernels."""
+    """Run a function while the device of its first tensor is the current one, on which Triton launches kernels.
+
+    What Triton fails with becomes a RuntimeError of one sentence that says what to do.
+    """
 
     @wraps(kernel)
     def run(*args, **kwargs):  # noqa: ANN002, ANN003, ANN202
         with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
-            return kernel(*args, **kwargs)
+            try:
+                return kernel(*args, **kwargs)
+            except Exception as error:
+                if not _is_tritons(error):
+                    raise
+                operation, said = kernel.__module__.split(".")[-2], " ".join(str(error).split())[-120:]
+                raise RuntimeError(
+                    f"Triton {version('triton')} fails to run the kernels of {operation} here "
+                    f"({type(error).__name__}: {said}): name another impl, or install another Triton"
+                ) from error
 
     return run
+
+
+def _is_tritons(error: Exception) -> bool:
+    """Whether an error came out of Triton's compiler or launcher; its passes raise a plain RuntimeError."""
+    return type(error).__module__.split(".")[0] == "triton" or "PassManager" in str(error)
 
 
 def cast_by_autocast(*inputs: Tensor) -> tuple[Tensor, ...]:

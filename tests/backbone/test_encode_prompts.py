@@ -34,7 +34,9 @@ NAMES = (*CALTECH[:3], "star " * 30, CALTECH[0], "sea " * 70)
 IN_FLOAT64 = ["reference", "sdpa", "blocked"]
 
 
-@pytest.fixture(scope="module", params=TOWERS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name == "ViT-L/14")) for name in TOWERS]
+)
 def published(request):
     """A backbone with the text tower of a published model and random weights, behind a small image tower."""
     text, embed_dim, quick_gelu = TOWERS[request.param]
@@ -108,6 +110,7 @@ def contexts_of(learned, kind, classes):
     return {"prompt": learned, "class": learned[:, None] + shift[:2], "image": learned[0] + shift[:, 0]}[kind]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("kind", ["prompt", "class", "image"])
 @pytest.mark.parametrize(

@@ -12,9 +12,7 @@ from fastprompt import load_backbone
 from fastprompt.backbone.image_towers import _value_path_block
 from fastprompt.backbone.load import PRECISIONS
 from fastprompt.errors import InputError
-from tests.models import TEXT, VIT, make_backbone, make_clip
-
-RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "patch_size": None}
+from tests.models import RESNET, TEXT, VIT, make_backbone, make_clip
 
 
 def timm_trunk(name, pool, proj="linear"):

@@ -41,6 +41,7 @@ def backbone(request):
     return make_backbone(make_clip(VIT, TEXT, embed_dim=64).to(request.param))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("groups", "with_gradient", "pieces"), [(16, True, 1), (16, False, 1), (16, True, 2)])
 def test_the_estimate_is_within_a_fifth_of_what_is_allocated(backbone, groups, with_gradient, pieces, monkeypatch):
     class_tokens = backbone.tokenize(CALTECH)
@@ -63,6 +64,7 @@ def test_the_estimate_is_within_a_fifth_of_what_is_allocated(backbone, groups, w
     assert abs(measured / estimate.nbytes - 1) < 0.2, f"estimated {estimate.nbytes}, measured {measured}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="other C libraries keep less of what is freed, or hide it"
 )

@@ -152,3 +152,10 @@ def test_errors_and_steps_that_were_left_out_are_on_the_page(out):
     assert "* train: failed: ImportError: no x" in text
     assert "* capture, graph x: RuntimeError: operation not permitted" in text
     assert "* text: left out: open_clip cannot be" in text
+
+
+def test_tests_that_failed_are_on_the_page_also_where_the_suite_was_stopped(out):
+    for test, outcome in (("test_a", "passed"), ("test_b", "failed")):
+        store.append(store.rows_file(out, store.TESTS), {"test": test, "outcome": outcome, "said": "E  CUDA error"})
+    text = report.write(out).read_text()
+    assert "* suite, test_b: E CUDA error" in text and "test_a" not in text

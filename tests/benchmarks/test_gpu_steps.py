@@ -11,7 +11,7 @@ import torch
 from fastprompt_kernels import topk_similarity
 
 from benchmarks import step_profile, text_encoder, train_step
-from benchmarks.gpu import candidates, capture, cases, launches, sweep, tail, values
+from benchmarks.gpu import candidates, capture, cases, command, environment, launches, sanitizer, sweep, tail, values
 from benchmarks.gpu.command import main
 from benchmarks.gpu.plan import STEPS, Plan
 from benchmarks.gpu.processes import ROOT
@@ -37,21 +37,22 @@ def _case(shape, device):
 
     runs = {
         "good": lambda: (truth,), "wrong": lambda: (1.1 * truth,), "missing": unavailable, "large": too_large,
-        "part": lambda: time.sleep(0.01) or (truth,),
+        "part": lambda: (truth,),
     }  # fmt: skip
     return Case(
         runs, "good", lambda: (truth,), 1e-4, floors={"floor": lambda: None}, shares={"part": 4}, units={"part": 2}
     )
 
 
-def test_one_implementation_that_is_wrong_or_does_not_fit_leaves_the_others(plan):
+def test_one_implementation_that_is_wrong_or_does_not_fit_leaves_the_others(plan, monkeypatch):
+    monkeypatch.setattr(cases, "time_calls", lambda calls, **_: [call() for call in calls] and {"ms": 10.0})
     timed = cases.Timed(
         "some", _case, {"dtype": "float32"}, ("good", "wrong", "missing", "large", "part", "floor", "no")
     )
     rows = [row for rows in timed.items(plan).values() for row in rows()]
     found = {row["implementation"]: row for row in rows}
     assert found["good"]["ms"] > 0 and found["floor"]["ms"] > 0 and found["part"]["counted"] == 2.0
-    assert 20 <= found["part"]["ms"] < 40  # a fourth of the work, of two images: its 10 ms count twice
+    assert found["part"]["ms"] == 20  # a fourth of the work, of two images: its 10 ms count twice
     assert found["wrong"]["wrong"].startswith("wrong: result 0 is 1.0e-01") and "ms" not in found["wrong"]
     assert found["missing"]["left_out"] == "not here" and "does not fit" in found["large"]["left_out"]
     assert found["no"]["left_out"] == "not measured with this shape"
@@ -123,6 +124,26 @@ def test_a_row_that_computes_something_else_is_noticed(plan, monkeypatch):
     assert [row["right"] for row in item()] == [False]
 
 
+def test_a_check_that_leaves_a_process_behind_is_stopped_at_its_limit(tmp_path, monkeypatch):
+    """As compute-sanitizer does with the program that it checks: nobody waits for that one's output."""
+    tool = tmp_path / "tool"
+    tool.write_text("#!/bin/sh\nsleep 30 &\nwait\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(sanitizer.shutil, "which", lambda name: str(tool))
+    monkeypatch.setattr(sanitizer, "SECONDS", 1)
+    begin = time.monotonic()
+    with pytest.raises(subprocess.TimeoutExpired):
+        list(sanitizer.items(Plan(False, True, tmp_path))["memcheck"]())
+    assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize("tool", [("sleep", "30"), ("false",), ("no-such-command",)])
+def test_a_tool_that_hangs_fails_or_is_not_there_says_nothing(tool, monkeypatch):
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: run(*args, **{**kwargs, "timeout": 0.5}))
+    assert environment._said(*tool) is None
+
+
 def test_the_tail_has_every_shape_for_a_gpu(tmp_path):
     names = list(tail.items(Plan(False, False, tmp_path)))
     shapes = [shape for module in tail.BENCHMARKS for shape in module.BENCHMARK.shapes["cuda"]]
@@ -145,6 +166,7 @@ def models(monkeypatch):
 BY_COMMAND = ("environment", "values", "candidates", "sweep")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [step.name for step in STEPS if step.name not in BY_COMMAND])
 def test_every_item_of_a_quick_rehearsal_is_right(step, plan, models, monkeypatch):
     """In this process; those below in processes of their own."""
@@ -155,6 +177,7 @@ def test_every_item_of_a_quick_rehearsal_is_right(step, plan, models, monkeypatc
     assert all("left_out" not in row for row in rows)
 
 
+@pytest.mark.slow
 def test_rehearsed_by_the_command(tmp_path):
     """Some steps, each in processes of its own; all of them: ``python -m benchmarks gpu --rehearse``."""
     out = tmp_path / "out"
@@ -174,6 +197,7 @@ def test_rehearsed_by_the_command(tmp_path):
 # Where Python looks for packages, those are hidden that a machine with torch and Triton lacks.
 HIDING = """
 import sys
+import time
 from importlib.machinery import PathFinder
 class Finder(PathFinder):
     @classmethod
@@ -184,12 +208,13 @@ sys.meta_path = [Finder if finder is PathFinder else finder for finder in sys.me
 """
 
 
+@pytest.mark.slow
 def test_where_little_more_than_torch_and_triton_is_installed(tmp_path):
     (tmp_path / "sitecustomize.py").write_text('HIDDEN = ["open_clip", "ftfy", "wcwidth"]' + HIDING)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "benchmarks", "gpu", "--rehearse", "--quick", "--out", str(tmp_path / "out")]
+    words = [sys.executable, "-m", "benchmarks", "gpu", "--rehearse", "--quick", "--out", str(tmp_path / "out")]
     done = subprocess.run(
-        [*command, "--only", "environment", "overhead", "train"], cwd=ROOT, env={**os.environ, "PYTHONPATH": path},
+        [*words, "--only", "environment", "overhead", "train"], cwd=ROOT, env={**os.environ, "PYTHONPATH": path},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "Missing here: open_clip_torch, ftfy, wcwidth, typeguard; steps that need them are left out" in done.stderr
@@ -198,6 +223,14 @@ def test_where_little_more_than_torch_and_triton_is_installed(tmp_path):
     assert "left out: open_clip, typeguard cannot be imported here" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_without_a_package_that_every_step_needs_nothing_is_begun(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "safetensors" else name)
+    assert command.main(["--rehearse", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.endswith("error: no step runs without safetensors\n")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
 def test_no_step_needs_the_packages_of_the_command_line(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("HIDDEN = []" + HIDING)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -105,6 +105,7 @@ def test_what_cannot_run_here_is_left_out_with_its_reason():
     assert left_out == {"missing": "no compiler"}
 
 
+@pytest.mark.slow
 def test_a_wrong_result_has_no_time_and_exit_status_1(monkeypatch, tmp_path, capsys):
     def wrong(patches, prompts, k):
         return 1.01 * torch.stack([(prompt @ patches.mT).amax(-1) for prompt in prompts], dim=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastprompt.data import FeatureCache, default_cache_dir, feature_cache
+from fastprompt.data import FeatureCache, default_cache_dir, feature_cache, hash_files
 from fastprompt.errors import InputError
 from fastprompt.files import LOCK, TEMPORARY, locked
 from tests.data.cached import READ, CountingEncoder, direct, encode, shards
@@ -161,11 +161,28 @@ def test_bad_arguments(tmp_path, paths):
     cache = FeatureCache(tmp_path / "cache", "key")
     with pytest.raises(InputError, match="expected at least one image, got none"):
         cache.load([], encode, READ)
-    with pytest.raises(InputError, match=r"image .*none.png: cannot be read \(No such file or directory\)"):
+    with pytest.raises(InputError, match=r"image .*none.png: expected a file, got no such file$"):
         cache.load([*paths, tmp_path / "none.png"], encode, READ, progress=False)
     with pytest.raises(ValueError, match="encode: expected 23 rows of 'pooled', got 1"):
         cache.load(paths, lambda images: {"pooled": images[:1]}, READ, progress=False)
+    with pytest.raises(InputError, match=r"checkpoint .*none.png: expected a file, got no such file$"):
+        hash_files([tmp_path / "none.png"], what="checkpoint")
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_file_that_changes_before_it_is_read_is_not_cached_as_what_it_was(tmp_path, paths):
+    cache, before = FeatureCache(tmp_path / "cache", "key"), paths[3].read_bytes()
+
+    def read(files):
+        if paths[3] in files:
+            paths[3].write_bytes(paths[4].read_bytes())
+        return READ(files)
+
+    with pytest.raises(InputError, match=r"image .*03.png: expected a file that stays as it is, got one that changed"):
+        cache.load(paths, encode, read, batch_size=2, progress=False)
+    paths[3].write_bytes(before)
+    rows = cache.load(paths, encode, READ, progress=False).rows(torch.arange(23))
+    torch.testing.assert_close(rows["pooled"], direct(paths)["pooled"])
 
 
 def test_default_folder(monkeypatch):

@@ -76,6 +76,17 @@ def test_what_is_left_out_of_class_folders_is_counted_in_one_line(class_folders,
     ]
 
 
+def test_ids_of_wordnet_are_said_once_where_all_names_are_such(class_folders, caplog):
+    load_dataset(class_folders({"n01440764": 2, "n02": 2, "n014407641": 2}, "mixed"))
+    load_dataset(class_folders({"n01440764": 2, "mn01440764": 2}, "names"))
+    assert not caplog.records
+    load_dataset(root := class_folders({"n01440764": 2, "n01443537": 2}))
+    assert [record.getMessage() for record in caplog.records] == [
+        f'data folder {root}: prompts will read "n01440764", as its class folders are named by ids of WordNet: a split '
+        "file in it, or --split-file FILE, can name the classes"
+    ]
+
+
 def test_missing_folder(tmp_path):
     with pytest.raises(InputError, match=r"^data folder .*nowhere: no such folder$"):
         load_dataset(tmp_path / "nowhere")

@@ -117,6 +117,9 @@ def test_find_images_takes_image_files_only(tmp_path, paths):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "folder.png").mkdir()
     assert find_images(tmp_path) == (*paths, tmp_path / "Z.JPEG")
+    write_image(tmp_path / ".checkpoints" / "0.png")
+    write_image(tmp_path / "below" / "0.png")
+    assert set(find_images(tmp_path, recursive=True)) == {*paths, tmp_path / "Z.JPEG", tmp_path / "below" / "0.png"}
 
 
 @pytest.mark.parametrize("size", [(1, 100_000), (60_000, 1)])

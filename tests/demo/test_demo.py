@@ -17,6 +17,7 @@ def small(monkeypatch):
     monkeypatch.setattr(experiment, "SEEDS", (1, 2))
 
 
+@pytest.mark.slow
 def test_demo_prints_tables_and_writes_a_page(small, tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
@@ -37,6 +38,7 @@ def test_demo_prints_tables_and_writes_a_page(small, tmp_path, capsys):
     assert "training" not in again.err
 
 
+@pytest.mark.slow
 def test_untrained_gallop_adds_patches_to_zero_shot(small, tmp_path):
     result = experiment.run_experiment(tmp_path)
     zero_shot, untrained = (result.trials[name][0].measures for name in ("zero-shot", "gallop, untrained"))

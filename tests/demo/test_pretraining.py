@@ -52,6 +52,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_repeats_itself(one_thread):
     pool, vocabulary = render_pool(64, workers=1), Vocabulary()
     settings = Settings(images=64, steps=12, batch=32, warmup=2)

@@ -142,6 +142,9 @@ def test_bad_input_is_one_sentence():
         fpr_at_recall(torch.ones(2), torch.tensor([0.0, float("nan")]))
     with pytest.raises(InputError, match=r"out_scores .* 1 NaN among 2"):
         fpr_at_recall(torch.ones(2), torch.tensor([0.0, float("nan")]), rule="gallop")
+    for rule in ("standard", "gallop"):
+        with pytest.raises(InputError, match="recall: expected a share between 0 and 1, got 95"):
+            fpr_at_recall(torch.zeros(2), torch.ones(2), recall=95, rule=rule)
     with pytest.raises(InputError, match=r"rule: expected one of \('standard', 'gallop'\), got 'mcm'"):
         fpr_at_recall(torch.ones(2), torch.ones(2), rule="mcm")
     with pytest.raises(InputError, match=r"\(2,\) and \(3,\)"):

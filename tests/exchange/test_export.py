@@ -97,6 +97,7 @@ def test_a_head_of_gallop_is_its_part_for_the_pooled_feature(backbone, images, t
             export(CoCoOp(backbone, NAMES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [ZeroShot, CoOp, GalLoP])
 def test_onnx_gives_the_same_logits(method, backbone, images, tmp_path, monkeypatch):
     pytest.importorskip("onnxscript", reason="onnx and onnxscript are not installed")
@@ -121,6 +122,7 @@ def test_a_transport_is_refused_in_one_sentence(method, backbone, tmp_path):
         write_onnx(method(backbone, NAMES), tmp_path / "classifier.onnx")
 
 
+@pytest.mark.slow
 def test_onnx_is_needed_for_onnx_alone(backbone, monkeypatch, tmp_path):
     program = "import sys, fastprompt.cli, fastprompt.exchange.export; assert 'onnx' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -66,7 +66,7 @@ def test_an_export_never_takes_the_name_of_a_file_of_a_run(flags, name, run, cap
     assert everything(run) == before
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "onnx"])
+@pytest.mark.parametrize("suffix", ["safetensors", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_an_existing_file_is_replaced_by_force_alone(suffix, run, tmp_path, capsys):
     if suffix == "onnx":
         pytest.importorskip("onnxscript", reason="onnx and onnxscript are not installed")

@@ -15,11 +15,14 @@ COLOURS = {"dark_blue": (20, 20, 120), "green": (20, 160, 40), "red": (200, 30, 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """A folder as open_clip's "local-dir:" takes it."""
-    folder = tmp_path_factory.mktemp("model")
-    config = {"embed_dim": 32, "vision_cfg": VIT, "text_cfg": TEXT, "quick_gelu": True}
+    return write_model(tmp_path_factory.mktemp("model"), VIT)
+
+
+def write_model(folder, vision):
+    config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": TEXT, "quick_gelu": True}
     preprocess = {"mean": [0.5] * 3, "std": [0.25] * 3}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
-    weights = {name: tensor.contiguous() for name, tensor in make_clip().float().state_dict().items()}
+    weights = {name: tensor.contiguous() for name, tensor in make_clip(vision).float().state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors")
     return folder
 

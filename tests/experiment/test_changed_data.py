@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fastprompt.cli import main
 from fastprompt.files import LOCK, locked
@@ -63,6 +64,18 @@ def test_a_finished_run_is_not_shown_for_other_data(change, photos, common, caps
     assert everything(tmp_path / "run") == before
 
 
+def test_a_finished_run_is_not_shown_for_other_weights(photos, common, model_folder, capsys, tmp_path):
+    own = shutil.copytree(model_folder, tmp_path / "model") / "open_clip_model.safetensors"
+    command = ["train", "coop", str(photos), "--backbone", f"local-dir:{own.parent}", *common[2:], "--out", "run"]
+    assert main(command) == 0
+    before, weights = everything(tmp_path / "run"), load_file(own)
+    save_file(weights | {"text_projection": 2 * weights["text_projection"]}, own)
+    assert main(command) == 2
+    old = json.loads(Path("run", "config.json").read_text())["weights"]
+    assert f"holds a run with weights = {old}, but now weights = " in capsys.readouterr().err
+    assert everything(tmp_path / "run") == before
+
+
 def test_files_that_only_moved_are_the_same_data(photos, common, capsys):
     assert main(["train", "coop", str(photos), *common, "--out", "run"]) == 0
     for file in (photos / "test" / "red").iterdir():
@@ -70,16 +83,30 @@ def test_files_that_only_moved_are_the_same_data(photos, common, capsys):
     assert main(["train", "coop", str(photos), *common, "--out", "run"]) == 0
 
 
-def test_changed_descriptions_are_noticed(photos, common, capsys, tmp_path):
+def test_changed_descriptions_are_noticed_however_their_file_is_named(photos, common, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     entries = {name: [f"a {name} picture"] for name in ("dark blue", "green", "red", "yellow")}
     (tmp_path / "said.json").write_text(json.dumps(entries))
-    command = ["train", "dualpt", str(photos), *common, "--descriptions", "said.json", "--out", "run"]
-    assert main(command) == 0
+    command = ["train", "dualpt", str(photos), *common, "--out", str(tmp_path / "run"), "--descriptions"]
+    assert main([*command, "~/said.json"]) == 0
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir("below")
+    assert main([*command, "../said.json"]) == 0
     (tmp_path / "said.json").write_text(json.dumps(entries | {"red": ["something else"]}))
-    assert main(command) == 2
+    assert main([*command, "~/said.json"]) == 2
     assert "descriptions_contents = sha256 " in capsys.readouterr().err
 
 
+def test_words_that_are_the_name_of_a_file_are_words(photos, common, tmp_path):
+    (tmp_path / "photo").write_text("a file")
+    assert main(["train", "coop", str(photos), *common, "--context", "photo", "--out", "run"]) == 0
+    (tmp_path / "photo").write_text("another one")
+    assert main(["train", "coop", str(photos), *common, "--context", "photo", "--out", "run"]) == 0
+    long = "photograph " * 25 + "{}"  # no file could have this name
+    assert main(["train", "kgcoop", str(photos), *common, "--template", long, "--out", "long"]) == 0
+
+
+@pytest.mark.slow
 def test_a_second_process_on_a_run_names_the_first(photos, common, capsys, tmp_path):
     program = "import sys; from fastprompt.cli import main; sys.exit(main(sys.argv[1:]))"
     command = ["train", "coop", str(photos), *common, "--epochs", "1000000", "--out", "run"]

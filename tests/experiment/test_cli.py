@@ -11,6 +11,8 @@ from safetensors import safe_open
 
 from fastprompt.cli import main
 from fastprompt.data import LabelledImages
+from fastprompt.errors import InputError
+from fastprompt.experiment.runs import load_run
 from fastprompt.version import __version__
 from tests.experiment.conftest import COLOURS, write_images
 
@@ -53,7 +55,7 @@ def test_train_writes_a_run_and_a_table_beside_zero_shot(trained, photos, tmp_pa
 
 
 def test_a_finished_run_is_read_again_and_another_one_refused(trained, photos, common, capsys, tmp_path):
-    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    files = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in (tmp_path / "run").iterdir()}
     again = ["train", "gallop", str(photos), *common, "--k", "1", "3", "--out", "run"]
     assert main(again) == 0
     second = capsys.readouterr()
@@ -62,7 +64,10 @@ def test_a_finished_run_is_read_again_and_another_one_refused(trained, photos, c
     assert main([*again, "--lr", "0.5"]) == 2
     said = capsys.readouterr().err
     assert "holds a run with lr = 0.002, but now lr = 0.5: choose another --out, such as run-lr-0.5, or" in said
-    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+    assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in (tmp_path / "run").iterdir()} == files
+    (tmp_path / "run" / "report.html").unlink()
+    assert main(again) == 0
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {file.name for file in files}
 
 
 def test_training_learns_and_the_second_run_takes_features_from_the_cache(photos, common, capsys):
@@ -136,13 +141,19 @@ def test_evaluate_other_classes_other_data_and_unknown_objects(trained, photos, 
     assert "FPR95 by GalLoP's rule (%)" in capsys.readouterr().out
 
 
-def test_predict_names_images_with_probabilities(trained, photos, capsys):
-    image = photos / "test" / "green" / "0.png"
-    assert main(["predict", "run", str(image), "--top", "4"]) == 0
+def test_predict_names_images_with_probabilities(trained, photos, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(photos))
+    assert main(["predict", "run", "~/test/green/0.png", "--top", "4"]) == 0
     out = capsys.readouterr().out
     shares = [float(part.rsplit(" ", 2)[1]) for part in out.split(": ")[1].strip().split(", ")]
     assert sum(shares) == pytest.approx(100, abs=0.3)
     assert shares == sorted(shares, reverse=True)
+
+
+def test_class_names_that_are_no_list_of_names_are_refused(trained):
+    for names, words in (("cat", "got one string: pass"), (["cat", 1], "expected strings, got 1")):
+        with pytest.raises(InputError, match=f"class_names: .*{words}"):
+            load_run("run", class_names=names)
 
 
 def test_explain_draws_a_picture(trained, photos, capsys, tmp_path):
@@ -151,7 +162,7 @@ def test_explain_draws_a_picture(trained, photos, capsys, tmp_path):
     with Image.open(tmp_path / "run" / "explained" / "0_dark_blue.png") as picture:
         assert picture.width > 2 * picture.height, "three panels side by side"
     assert main(["explain", "run", image, "--class-name", "purple"]) == 2
-    assert "'purple' is not one of the 4 classes" in capsys.readouterr().err
+    assert "one of the 4 classes of this run (dark blue, green, red, yellow), got 'purple'" in capsys.readouterr().err
 
 
 def test_using_a_run_on_nothing_is_said(trained, photos, capsys, tmp_path):
@@ -208,6 +219,7 @@ BAD_INPUT = {
     "unreadable test image": (lambda photos: (photos / "test/red/0.png").write_bytes(b"?"), [], "test/red/0.png"),
     "long template": (nothing, ["--zero-shot-template", "a " * 80 + "{}"], "is too long"),
     "long new class": (lambda photos: rename_class(photos, "z " * 75), ["--classes", "base"], "is too long"),
+    "views of whole images": (nothing, ["--views", "2"], "views: expected at least 0, and 0 without --augment, got 2"),
     "no images at a time": (nothing, ["--image-batch", "0"], "image batch: expected at least 1"),
     "weights to unpickle": (
         lambda photos: Path("w.pt").write_bytes(b""),
@@ -233,13 +245,16 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(case, photos, common, ca
     spoil, flags, words = BAD_INPUT[case]
     spoil(photos)
     assert main(["train", "gallop", str(photos), *common, *flags, "--out", "run"]) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
+    error = capsys.readouterr().err
+    assert "encoding" not in error or case.startswith("unreadable"), "before the long work"
+    said = error.strip().splitlines()[-1]
     assert said.startswith("fastprompt: error: ")
     assert words in said
     assert "Traceback" not in said
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_bad_input_ends_a_process_with_status_2():
     command = [sys.executable, "-m", "fastprompt", "evaluate", "nowhere"]
     ended = subprocess.run(command, capture_output=True, text=True)

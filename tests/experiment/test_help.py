@@ -4,10 +4,12 @@ import re
 from dataclasses import fields, is_dataclass
 from typing import get_type_hints
 
+import docstring_parser
 import pytest
 
-from fastprompt.cli import main
+from fastprompt.cli import OTHER_COMMANDS, Recipes, main
 from fastprompt.errors import InputError
+from fastprompt.experiment.config import BackboneConfig, DataConfig, FeatureConfig, RuntimeConfig, TrainingConfig
 from fastprompt.experiment.configure import configure, experiment_class
 from fastprompt.learners import METHODS
 
@@ -47,11 +49,6 @@ def test_help_shows_groups_names_and_no_defaults_of_nothing(capsys):
         assert words in said, "settings keep their own words"
 
 
-@pytest.mark.parametrize("verb", ["train dualpt", "evaluate", "predict", "explain", "import", "export", "words"])
-def test_help_mentions_no_default_of_nothing(capsys, verb):
-    assert "None" not in help_of(capsys, *verb.split())
-
-
 def test_help_of_a_method_without_training_asks_for_none(capsys):
     said = help_of(capsys, "train", "zero-shot")
     assert "--template" in said
@@ -75,9 +72,26 @@ def test_help_of_all_commands_lists_them(capsys):
         (("words",), "RUN"),
         (("import",), "CHECKPOINT"),
         (("recipes", "show"), "METHOD [RECIPE]"),
+        (("recipes", "ls"), "[METHOD]"),
         (("recipes", "copy"), "METHOD RECIPE FILE.json"),
+        (("doctor",), ""),
+        (("demo",), ""),
+        (("train", "dualpt"), "DATA"),
     ],
 )
-def test_positional_arguments_have_names(capsys, command, usage):
-    said = " ".join(help_of(capsys, *command).split("\n\n")[0].split())
-    assert re.search(rf" {re.escape(usage)}( \[?--|$)", said), said
+def test_help_names_positional_arguments_and_tells_what_happens_by_default(capsys, command, usage):
+    said = help_of(capsys, *command)
+    head = " ".join(said.split("\n\n")[0].split())
+    assert re.search(rf" {re.escape(usage)}( ?\[?--|$)", head), head
+    assert "None" not in said and "(default: )" not in said
+
+
+PARTS = (DataConfig, TrainingConfig, BackboneConfig, FeatureConfig, RuntimeConfig)
+
+
+@pytest.mark.parametrize("kind", [*PARTS, *(kind for kind in OTHER_COMMANDS.values() if kind is not Recipes)])
+def test_settings_that_may_be_left_out_say_what_happens_then(kind):
+    parsed = (docstring_parser.parse_from_object(parent) for parent in kind.__mro__[:-1])
+    words = {entry.arg_name: entry.description for found in parsed for entry in found.params}
+    left_out = [setting.name for setting in fields(kind) if setting.default in (None, ())]
+    assert [name for name in left_out if not re.search("Default: |needed by all others", words[name])] == []

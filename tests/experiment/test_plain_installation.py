@@ -37,6 +37,7 @@ def plain(photos, common):
     return run
 
 
+@pytest.mark.slow
 def test_training_and_testing_need_no_extra_and_say_that_the_page_is_missing(plain, photos, common, tmp_path):
     status, out, errors = plain("train", "coop", photos, *common, "--out", "run")
     assert status == 0, errors
@@ -49,6 +50,7 @@ def test_training_and_testing_need_no_extra_and_say_that_the_page_is_missing(pla
     assert not (tmp_path / "run" / "explained").exists()
 
 
+@pytest.mark.slow
 def test_the_demo_asks_for_the_extra_before_its_work(plain, tmp_path):
     assert plain("demo", "--out", "demo") == (2, "", f"fastprompt: error: {MISSING}\n")
     assert not (tmp_path / "demo").exists()

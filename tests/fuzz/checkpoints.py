@@ -34,30 +34,43 @@ class Payload:
         return self.call
 
 
-PAYLOADS = (
+# Whoever executes one of these leaves a file "canary", in a folder with the traps below.
+TRACED = (
     lambda: Payload(os.system, TOUCH),
     lambda: Payload(eval, "__import__('os').system('touch canary')"),
     lambda: Payload(exec, "open('canary', 'w')"),
     lambda: Payload(open, "canary", "w"),
-    lambda: Payload(builtins.getattr, Payload(importlib.import_module, "os"), "system"),
     lambda: Payload(subprocess.Popen, ["touch", "canary"]),
     lambda: Payload(subprocess.check_output, ["touch", "canary"]),
-    lambda: Payload(shutil.copyfile, "names.txt", "canary"),
+    lambda: Payload(shutil.copyfile, "canary.py", "canary"),
     lambda: Payload(Path.touch, Path("canary")),
     lambda: Payload(runpy.run_path, "canary.py"),
-    lambda: Payload(torch.load, "coop.pth.tar"),
-    lambda: Payload(torch.hub.load, ".", "canary", "local"),
-    lambda: Payload(functools.partial, os.system, TOUCH),
-    lambda: Payload(functools.reduce, os.system, [TOUCH, TOUCH]),
-    lambda: Payload(collections.defaultdict, os.getcwd),
+    lambda: Payload(torch.hub._load_local, ".", "canary"),
+    lambda: Payload(list, Payload(map, os.system, [TOUCH])),
+    lambda: Payload(functools.reduce, os.link, ["canary.py", "canary"]),
     lambda: Payload(io.FileIO, "canary", "w"),
     lambda: Payload(np.load, "canary.npy", None, True),
+)
+PAYLOADS = (
+    *TRACED,
+    lambda: Payload(builtins.getattr, Payload(importlib.import_module, "os"), "system"),
+    lambda: Payload(torch.load, "coop.pth.tar"),
+    lambda: Payload(functools.partial, os.system, TOUCH),
+    lambda: Payload(collections.defaultdict, os.getcwd),
     lambda: Payload(np.fromfile, "names.txt"),
 )
 
 
+def set_traps(folder: Path) -> None:
+    """Write the files that some payloads would read and execute."""
+    for name in ("canary.py", "hubconf.py"):
+        (folder / name).write_text("open('canary', 'w')\n")
+    np.save(folder / "canary.npy", np.array([Payload(os.system, TOUCH)], object))
+
+
 def payload(rng: Random, file: Path) -> None:
     """A checkpoint with a call in one of many places, in one of torch's formats or as a plain pickle."""
+    set_traps(file.parent)
     made = rng.choice(PAYLOADS)()
     content = {"state_dict": coop_state(), "epoch": 10}
     place = rng.choice(["beside", "state", "tensor", "args", "whole", "key", "optimizer"])

@@ -3,11 +3,14 @@
 Counts are printed: ``pytest -rP tests/fuzz``; ``python -m tests.fuzz`` runs cases by hand.
 """
 
+import pickle
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 
+from tests.fuzz import checkpoints
 from tests.fuzz.case import ALL
 from tests.fuzz.hunt import hunt
 from tests.fuzz.judge import judge
@@ -35,6 +38,17 @@ def test_every_command_works_while_nothing_is_spoiled(world):
         assert judge(home, replace(case, expects="success")) == ("works", None)
 
 
+@pytest.mark.parametrize("made", checkpoints.TRACED)
+def test_a_payload_that_is_executed_leaves_a_trace(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints.set_traps(tmp_path)
+    with suppress(RuntimeError):  # torch.hub finds no model, after it has executed the file
+        waited = pickle.loads(pickle.dumps(made()))  # noqa: S301 (ours)
+        getattr(waited, "wait", str)()
+    assert (tmp_path / "canary").exists()
+
+
+@pytest.mark.slow
 def test_two_cases_of_every_kind(world):
     found = hunt(*world, seed=1, numbers=range(2 * len(KINDS)))
     print(found)

@@ -57,12 +57,14 @@ def compiled(tmp_path_factory):
     return [resources.Resources(**row) for row in json.loads(process.stdout)]
 
 
+@pytest.mark.compile
 def test_telling_kernels_fit_their_targets(compiled):
     assert {row.target for row in compiled} == set(SHARED)
     assert {row.kernel for row in compiled} == set(kernel_configurations.KERNELS) - {"row_maximum_kernel"}
     check(compiled)
 
 
+@pytest.mark.compile
 def test_telling_kernels_are_as_short_as_this_version_of_triton_made_them(compiled):
     surveyed = {row.key: row for row in kernel_table.read(kernel_table.COUNTED)}
     versions = sorted({row.triton for row in surveyed.values()})
@@ -188,6 +190,7 @@ def test_counted_instructions_of_other_versions_stay(monkeypatch, tmp_path):
     assert kernel_table.read(file) == [other, replace(row, triton="new")]
 
 
+@pytest.mark.compile
 def test_what_changes_from_call_to_call_compiles_no_kernel_anew():
     code = """
 from benchmarks.kernel_configurations import KERNELS

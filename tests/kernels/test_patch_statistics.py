@@ -101,6 +101,7 @@ def test_error_rule(impl, inputs):
 
 
 # One class; many images in a tile; one patch; as many classes as a tile holds; D and the sum cut into parts.
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 5, 1, 8), (150, 1, 3, 20), (1, 1, 257, 9), (2, 64, 128, 64), (1, 100, 5, 530)])
 def test_error_rule_of_the_kernels_at_the_borders(shape, dtype):

@@ -81,6 +81,7 @@ def test_blocked_without_entropy_holds_one_tile():
     assert list(map(len, made)) == [1, 2]
 
 
+@pytest.mark.compile
 @each_fast_one
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_without_entropy(impl, dynamic):

@@ -44,6 +44,7 @@ def test_opcheck(impl, dtype):
     torch.library.opcheck(torch.ops.fastprompt.patch_statistics_grad.default, arguments)
 
 
+@pytest.mark.compile
 @each_implementation
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_equals_eager(impl, dynamic):

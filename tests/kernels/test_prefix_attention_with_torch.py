@@ -50,6 +50,7 @@ def test_opcheck(impl):
         torch.library.opcheck(torch.ops.fastprompt.prefix_attention_grad.default, (grad, *arguments))
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize(("impl", "dynamic"), [("sdpa", False), *((impl, d) for impl in OPAQUE for d in (False, True))])
 def test_compiled_equals_eager(impl, dynamic):
     compiled = torch.compile(both, fullgraph=True, dynamic=dynamic, backend="aot_eager")

@@ -177,6 +177,7 @@ def test_the_host_does_not_wait_for_the_kernel(tolerance):
     assert not seen.names & {"aten::_local_scalar_dense", "aten::nonzero"}
 
 
+@pytest.mark.compile
 @each_implementation
 @pytest.mark.parametrize("tolerance", [None, 1e-2])
 def test_opcheck_and_compile(impl, tolerance):

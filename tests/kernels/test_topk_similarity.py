@@ -5,7 +5,6 @@ import torch
 import triton.language as tl
 from fastprompt_kernels import selected_patches, topk_similarity, triton_launch
 from fastprompt_kernels.testing import Inputs, assert_as_accurate, draw_inputs, poisoned_memory
-from fastprompt_kernels.topk_similarity import op
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -80,12 +79,14 @@ def test_error_rule(impl, inputs):
     check(inputs, impl)
 
 
+@pytest.mark.interpreter
 @given(inputs=inputs_strategy(largest_k=64))
 @settings(repeatable, max_examples=20)
 def test_error_rule_of_the_kernels(inputs):
     check(inputs, "triton")
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1024, 1, 3, 9), (2, 577, 1, 17, 100), (3, 64, 2, 65, 8), (1, 256, 1, 1, 64)])
 def test_error_rule_of_the_kernels_at_the_borders(shape, dtype):
@@ -245,15 +246,6 @@ def test_selected_patches_are_those_that_receive_gradient(k):
             assert torch.equal(selected[:, n, c], (patches.grad != 0).any(-1))
 
 
-@pytest.mark.parametrize("impl", on_device("dense", "blocked", "triton"))
-def test_without_gradients_no_selection_is_kept(impl):
-    inputs = draw_inputs((2, 9, 1, 3, 8), [[4]], torch.float32, device=DEVICE)
-    kept = torch.ops.fastprompt.topk_similarity(inputs.patches, inputs.prompts, [4], True, impl)
-    values, nothing = torch.ops.fastprompt.topk_similarity(inputs.patches, inputs.prompts, [4], False, impl)
-    assert torch.equal(values, kept[0])
-    assert nothing.numel() == 0 < kept[1].numel()
-
-
 def test_offsets_beyond_2_to_31():
     # The stride fits 32 bits, its double does not. Untouched pages of the large storage take no memory.
     storage = torch.empty(2**31 + 4096, dtype=torch.float16, device=DEVICE)
@@ -261,30 +253,6 @@ def test_offsets_beyond_2_to_31():
     near = draw_inputs((3, 20, 1, 3, 16), [[4]], torch.float16, device=DEVICE)
     far.copy_(near.patches)
     assert all(map(torch.equal, run(near, "triton"), run(Inputs(far, near.prompts, near.k, near.grad), "triton")))
-
-
-@pytest.mark.parametrize("impl", on_device("dense", "blocked", "triton"))
-def test_only_requested_gradients_are_made(impl):
-    inputs = draw_inputs((2, 9, 1, 3, 8), [[4]], torch.float32, device=DEVICE)
-    grads = torch.ops.fastprompt.topk_similarity_grad
-    _, selected = torch.ops.fastprompt.topk_similarity(inputs.patches, inputs.prompts, [4], True, impl)
-    both = grads(inputs.grad, inputs.patches, inputs.prompts, selected, [4], 9, impl)
-    of_patches, nothing = grads(inputs.grad, None, inputs.prompts, selected, [4], 9, impl)
-    assert torch.equal(of_patches, both[0])
-    assert nothing.numel() == 0
-    nothing, of_prompts = grads(inputs.grad, inputs.patches, None, selected, [4], 9, impl)
-    assert torch.equal(of_prompts, both[1])
-    assert nothing.numel() == 0
-
-
-@pytest.mark.parametrize("wanted", ["patches", "prompts"])
-def test_only_requested_gradients_are_asked_for(wanted, monkeypatch):
-    asked = []
-    monkeypatch.setattr(op, "_grad", lambda *inputs: asked.append(inputs[1:3]) or (None, None))
-    inputs = draw_inputs((2, 9, 1, 3, 8), [[4]], torch.float32, device=DEVICE)
-    getattr(inputs, wanted).requires_grad_()
-    topk_similarity(inputs.patches, inputs.prompts, 4).sum().backward()
-    assert [tensor is not None for tensor in asked[0]] == [wanted == "prompts", wanted == "patches"]
 
 
 def test_the_index_type_follows_the_largest_offset(monkeypatch):

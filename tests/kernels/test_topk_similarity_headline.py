@@ -1,4 +1,4 @@
-"""The kernels of topk_similarity in variants that the headline shapes launch: bfloat16, D = 512, a ragged C = 130."""
+"""The kernels of topk_similarity in variants that headline shapes launch: half precision, D = 512, ragged C = 130."""
 
 import pytest
 import torch
@@ -8,11 +8,15 @@ from fastprompt_kernels.testing import draw_inputs
 from tests.kernels.support import DEVICE
 from tests.kernels.test_topk_similarity import check
 
+SCALES = ([4], [1, 2, 3, 4], [16], [4, 8, 12, 16])
+FAST = [(49, torch.bfloat16), (196, torch.bfloat16)]
+REST = [(577, torch.bfloat16), (196, torch.float16), (577, torch.float16)]
 
-@pytest.mark.parametrize("P", [49, 196])
-@pytest.mark.parametrize("k", [[4], [1, 2, 3, 4], [16], [4, 8, 12, 16]], ids=str)
-def test_error_rule_with_and_without_a_selection_kept(P, k):
-    inputs = draw_inputs((1, P, 1, 130, 512), [k], torch.bfloat16, device=DEVICE)
+
+@pytest.mark.parametrize(("P", "dtype"), [*FAST, *(pytest.param(*one, marks=pytest.mark.torture) for one in REST)])
+@pytest.mark.parametrize("k", SCALES, ids=str)
+def test_error_rule_with_and_without_a_selection_kept(P, dtype, k):
+    inputs = draw_inputs((1, P, 1, 130, 512), [k], dtype, device=DEVICE)
     check(inputs, "triton")
     with torch.no_grad():
         values = topk_similarity(inputs.patches, inputs.prompts, inputs.k, impl="triton")

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from fastprompt_kernels import (
     topk_similarity,
 )
 from fastprompt_kernels.testing import draw_inputs
+from triton.runtime.errors import OutOfResources
 
 from tests.kernels.support import DEVICE, on_device
 
@@ -47,6 +49,7 @@ def test_opcheck(impl):
         torch.library.opcheck(gradients, (grad, *inputs, selected, k, 9, impl))
 
 
+@pytest.mark.compile
 @each_implementation
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_equals_eager(impl, dynamic):
@@ -193,6 +196,26 @@ def test_without_a_gpu_triton_is_neither_imported_nor_used():
         "message": f"impl='triton' cannot run here: {reason}",
         "available": {"reference": "usable", "dense": "usable", "blocked": "usable", "triton": reason},
     }
+
+
+SENTENCE = r"fails to run the kernels of topk_similarity here \(.*\): name another impl"
+FAILURES = {
+    "passes": (RuntimeError("PassManager::run failed"), RuntimeError, SENTENCE),
+    "resources": (OutOfResources(9, 8, "registers"), RuntimeError, SENTENCE),
+    "of others": (ZeroDivisionError("not its fault"), ZeroDivisionError, "not its fault"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_what_triton_fails_with_becomes_one_sentence(monkeypatch, failure):
+    error, kind, sentence = FAILURES[failure]
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(import_module("fastprompt_kernels.topk_similarity.triton"), "forward", fail)
+    with pytest.raises(kind, match=sentence):
+        topk_similarity(torch.ones(1, 4, 8), torch.ones(1, 2, 8), 2, impl="triton")
 
 
 def test_every_operator_runs_on_the_device_of_its_inputs(monkeypatch):

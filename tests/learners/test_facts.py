@@ -1,5 +1,6 @@
 """What each learner declares of itself is so, and what it was made from is recorded."""
 
+import inspect
 from collections.abc import Sequence
 
 import pytest
@@ -84,6 +85,12 @@ def test_all_options_are_recorded_and_make_the_same_learner(vit_backbone, method
 
 
 @pytest.mark.usefixtures("no_methods")
+def test_help_shows_the_arguments_of_the_constructor():
+    arguments = inspect.signature(METHODS["coop"]).parameters
+    assert list(arguments)[:3] == ["backbone", "class_names", "context"]
+    assert arguments["context"].default == "a photo of a"
+
+
 def test_a_subclass_cannot_forget_an_option(vit_backbone):
     class One(CoOp):
         method = "one"

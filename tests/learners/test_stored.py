@@ -44,12 +44,14 @@ def test_tensors_that_are_not_those_of_the_learner_are_refused(learner, tensor, 
         ({"class_names": "cat"}, r"class_names: expected list\[str\], got 'cat'"),
         ({"class_names": ["cat", 3]}, r"class_names: expected list\[str\]"),
         ({"pretrained": 3}, r"pretrained: expected str \| None, got 3"),
+        ({"patches": "pooled"}, r"patches: expected Literal\['value', 'published'\], got 'pooled'"),
         ({"colour": 3}, "expected no value 'colour'"),
         ({"options": None}, r"options: expected dict\[str, Any\], got nothing"),
     ],
 )
 def test_a_description_of_other_types_is_refused(change, words):
-    assert read_description(DESCRIBED, FILE).weights_dir is None
+    described = read_description(DESCRIBED, FILE)
+    assert (described.weights_dir, described.patches) == (None, "value"), "of a file from before the option"
     with pytest.raises(InputError, match=f"model model.safetensors: {words}"):
         read_description(DESCRIBED | change, FILE)
 

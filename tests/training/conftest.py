@@ -23,7 +23,8 @@ class ToyLearner(nn.Module):
         self.weight = nn.Parameter(torch.zeros(classes, width))
         self.bias = nn.Parameter(torch.zeros(classes))
         self.class_names = tuple(f"class {i}" for i in range(classes))
-        self.backbone = SimpleNamespace(name="toy-tower", pretrained=None, fingerprint="f00d")
+        self.backbone = SimpleNamespace(name="toy-tower", pretrained=None, patches="value", fingerprint="f00d")
+        self.options = {"k": [5, 10]}
 
     def forward(self, features):
         logits = features.pooled @ self.weight.T + self.bias

@@ -55,6 +55,7 @@ def outcome():
     return found
 
 
+@pytest.mark.slow
 def test_both_learn_the_same(outcome):
     (exact, *_), (rounded, *_) = outcome["fp32"], outcome["bf16"]
     learned = exact[0] - exact[-1]

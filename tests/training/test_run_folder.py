@@ -209,13 +209,14 @@ def test_model_holds_tensors_and_metadata_and_completes_the_run(run, toy):
     run.save_state(make_state())
     with pytest.raises(InputError, match="has not finished training"):
         run.load_model()
-    run.save_model(learner, {"k": [5, 10], "suffix": "."})
+    run.save_model(learner, Path("weights"))
     assert run.complete and not (run.path / "training_state.safetensors").exists()
     tensors, metadata = run.load_model()
     assert tensors.keys() == {"weight", "bias"} and torch.equal(tensors["weight"], learner.weight)
     assert metadata == {
         "method": "toy", "class_names": ["class 0", "class 1", "class 2", "class 3"], "backbone": "toy-tower",
-        "pretrained": None, "fingerprint": "f00d", "k": [5, 10], "suffix": ".",
+        "pretrained": None, "patches": "value", "fingerprint": "f00d", "options": {"k": [5, 10]},
+        "weights_dir": str(Path("weights").resolve()),
     }  # fmt: skip
     with safe_open(run.path / "model.safetensors", "pt") as file:
         assert json.loads(file.metadata()["fastprompt"]) == metadata
