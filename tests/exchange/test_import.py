@@ -190,8 +190,8 @@ def test_what_is_harmless_beside_the_tensors_is_read(prefix, optimizer, tmp_path
         (torch.ones(4, 48).to("meta"), "without values"),
         (torch.zeros(1).expand(10**9, 48), r"expanded to shape \(1000000000, 48\)"),
         (torch.ones(4, 48).long(), "of torch.int64"),
-        (torch.ones(0, 4, 48), r"it is empty, of shape \(0, 4, 48\)"),
-        (torch.full((4, 48), float("nan")), "ctx .* it is not finite: NaN or infinity is among its numbers"),
+        (torch.ones(0, 4, 48), r"got ctx \(empty, of shape \(0, 4, 48\)\)"),
+        (torch.full((4, 48), float("nan")), r"got ctx \(not finite: NaN or infinity is among its numbers\)"),
     ],
 )
 def test_tensors_that_are_no_plain_numbers_are_refused(context, words, vit_backbone, names, tmp_path):
@@ -239,8 +239,8 @@ def test_bad_checkpoints_get_one_sentence(gallop, start, buffers, model_folder, 
     assert "its tokens are 49 wide, and those of the text tower 48" in complaint()
     for name, value in buffers().items():
         for spoiled, words in (
-            (value * float("nan"), f"must hold {name} as a tensor with 3 axes, but it is not finite"),
-            (value[:, :0], f"must hold {name} as a tensor with 3 axes, but it is empty"),
+            (value * float("nan"), f"expected {name} with 3 axes, got {name} (not finite"),
+            (value[:, :0], f"expected {name} with 3 axes, got {name} (empty"),
             (value[..., :5], "its tokens are 5 wide, and those of the text tower 48"),
         ):
             save_dassl(file, {"ctx": torch.zeros(4, 48)}, {**buffers(), name: spoiled})
