@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 import fastprompt
-from benchmarks.drop_in_peers import dense_local_logits, topk_reduce
 from fastprompt.cli import main
 from fastprompt.demo import scenes
+from transcriptions.drop_in import dense_local_logits, topk_reduce
 
 ROOT = Path(__file__).parents[1]
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}

@@ -112,6 +112,12 @@ def test_versions_are_written_alike():
     assert f"rev: v{ruff}\n" in (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
 
 
+def test_oracles_are_independent_of_what_they_judge():
+    for file in ROOT.glob("transcriptions/*.py"):
+        ours = {"fastprompt", "fastprompt_kernels", "benchmarks", "tests"}
+        assert not ours & {module.partition(".")[0] for module in imported(file)}, file
+
+
 def test_every_package_is_shipped():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")

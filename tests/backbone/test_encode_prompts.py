@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.class_names import CALTECH, DTD
-from benchmarks.peers import encode_padded
 from fastprompt.backbone import shared_prefix
 from fastprompt.backbone.memory import SPARE
 from fastprompt.backbone.packing import pack
 from fastprompt.errors import InputError
 from tests.models import TEXT, VIT, make_backbone, make_clip
+from transcriptions.text import encode_padded
 
 ROOT = Path(__file__).parents[2]
 WORDS = "a photo of a"

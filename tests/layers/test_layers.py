@@ -7,7 +7,10 @@ import torch
 from open_clip import SimpleTokenizer
 from torch import nn
 
-from benchmarks.drop_in_peers import (
+from fastprompt import InputError
+from fastprompt.layers import GlobalLocalLoss, SharedPrefixTextEncoder, TopKLocalHead, local_head
+from tests.models import make_clip
+from transcriptions.drop_in import (
     OpenAIClip,
     coop_prompts,
     dense_local_logits,
@@ -16,9 +19,6 @@ from benchmarks.drop_in_peers import (
     text_encoder,
     topk_reduce,
 )
-from fastprompt import InputError
-from fastprompt.layers import GlobalLocalLoss, SharedPrefixTextEncoder, TopKLocalHead, local_head
-from tests.models import make_clip
 
 NAMES = ("cat", "red fox", "very long name of a dog", "polar bear", "a photo")
 TOKENIZER = SimpleTokenizer()

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.peers import gallop_dense
 from fastprompt import CoOp, GalLoP, ImageFeatures, InputError, ZeroShot, load_backbone, make_learner
 from fastprompt.learners import METHODS, find_method
 from tests.learners import support
 from tests.learners.support import LABELS, ids
+from transcriptions.gallop import gallop_dense
 
 NAMES = ("red fox", "polar bear", "cat", "very long name of a dog", "cat")
 K = (1, 3, 7)

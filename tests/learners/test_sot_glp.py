@@ -9,7 +9,7 @@ from fastprompt import InputError, load_backbone
 from fastprompt.learners import SOTGLP
 from tests.learners import support
 from tests.learners.support import LABELS, NAMES
-from tests.learners.transcribed_transport import transported
+from transcriptions.transport import transported
 
 PATCHES, DRAWN = 5, torch.tensor([[2], [0], [1]])
 
