@@ -137,12 +137,13 @@ def _ours(work: Workload, features: Callable[[], ImageFeatures]) -> Callable[[],
     learner, task = work.learner, work.task
     optimizer, labels = SGD(learner.parameters()), task.labels.repeat(task.copies)
     drawn = task.drawn.repeat(task.copies, 1)
+    learner.draw_prompts = lambda images, generator: drawn  # those of the peers
 
     def step() -> Results:
         with torch.no_grad():
             images = features()
         scores = learner(images)
-        loss = learner.loss(scores, labels, drawn=drawn)
+        loss = learner.loss(scores, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

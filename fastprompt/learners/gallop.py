@@ -15,6 +15,7 @@ from fastprompt.backbone.backbone import at_least_float32
 from fastprompt.documents import check_type
 from fastprompt.errors import InputError
 from fastprompt.learners.base import Scores, check_axes, check_prompts
+from fastprompt.learners.loss import drawn_cross_entropy, drawn_prompts, prompt_cross_entropy
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.text import TextLearner, initial_context
 
@@ -120,28 +121,15 @@ class GalLoP(TextLearner):
         """Inputs of the similarity as its tensor cores take them; it accumulates and answers in float32."""
         return tuple(tensor.to(self.backbone.dtype) for tensor in tensors)
 
-    def draw_prompts(self, images: int) -> Tensor:
-        """Prompt dropout: the global prompts that count for each image, (images, kept), drawn with replacement."""
-        prompts = len(self.global_prompts)
-        kept = max(prompts - int(self.dropout * prompts), 1)
-        return torch.randint(prompts, (images, kept), device=self.backbone.device)
+    def draw_prompts(self, images: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw the global prompts that count for each image, (images, kept); see ``drawn_prompts``."""
+        return drawn_prompts(images, len(self.global_prompts), self.dropout, self.backbone.device, generator)
 
-    def loss(self, scores: Scores, labels: Tensor, *, drawn: Tensor | None = None) -> Tensor:
-        """Cross-entropy of the drawn global prompts, plus that of every local prompt, averaged over prompts.
-
-        Args:
-            scores: of B images.
-            labels: (B,).
-            drawn: (B, kept) indices of global prompts; drawn anew by default.
-        """
-        cosines, local = scores.parts["global"], scores.parts["local"]
-        drawn = self.draw_prompts(len(labels)) if drawn is None else drawn
-        labels = labels.to(cosines.device)
-        kept = cosines.take_along_dim(drawn[:, :, None], dim=1).mean(dim=1)  # (B, C)
-        scale = self.backbone.logit_scale
-        every_prompt = labels[:, None].expand(local.shape[:2])
-        return F.cross_entropy(scale * kept, labels) + F.cross_entropy(
-            scale * local.flatten(0, 1), every_prompt.flatten()
+    def loss(self, scores: Scores, labels: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """See ``Learner``: cross-entropy of the drawn global prompts, plus that of every local prompt."""
+        scale, drawn = self.backbone.logit_scale, self.draw_prompts(len(labels), generator)
+        return drawn_cross_entropy(scores.parts["global"], labels, scale, drawn) + prompt_cross_entropy(
+            scores.parts["local"], labels, scale
         )
 
     @torch.no_grad()
