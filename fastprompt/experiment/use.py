@@ -20,11 +20,11 @@ from fastprompt.experiment.config import EvaluateConfig, ExplainConfig, PredictC
 from fastprompt.experiment.sources import feature_source, image_transform, split_of, unlabelled
 from fastprompt.files import locked, replacing
 from fastprompt.learners import Learner, ZeroShot
-from fastprompt.learners.stored import read_description, rebuild
+from fastprompt.learners.stored import MODEL, rebuild
 from fastprompt.report import MEASURES, Table, draw_selected_patches
 from fastprompt.report.style import require_extra
 from fastprompt.training import RunFolder
-from fastprompt.training.run_folder import CONFIG, MODEL
+from fastprompt.training.run_folder import CONFIG
 
 
 def load_run(
@@ -46,8 +46,7 @@ def load_run(
         InputError: not a finished run, its backbone has other weights now, or class names that it cannot take.
     """
     run = RunFolder.open(path)
-    tensors, metadata = run.load_model()
-    described = read_description(metadata, run.path / MODEL)
+    tensors, described = run.load_model()
     if backbone is None:
         precision = _settings(run).precision
         place = {"device": device, "precision": precision, "cache_dir": described.weights_dir}

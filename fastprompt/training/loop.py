@@ -16,14 +16,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fastprompt.errors import InputError
-from fastprompt.learners.stored import restore_learned
+from fastprompt.learners.stored import MODEL, restore_learned
 from fastprompt.progress import progress_bar, say_line
 from fastprompt.sources import FeatureSource, Images, as_source
 from fastprompt.sources.features import queue_copy
 from fastprompt.training.environment import changed_arithmetic
 from fastprompt.training.interrupt import Interrupted, InterruptFlag
 from fastprompt.training.metrics import EpochMetrics, TrainingResult, peak_memory, reset_peak_memory
-from fastprompt.training.run_folder import DIVERGED, MODEL, STATE, RunFolder, epoch_metrics
+from fastprompt.training.run_folder import DIVERGED, STATE, RunFolder, epoch_metrics
 from fastprompt.training.settings import TrainingSettings
 from fastprompt.training.state import TrainingState
 
