@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastprompt.backbone import Backbone, ImageFeatures
-from fastprompt.backbone.backbone import at_least_float32
 from fastprompt.backbone.class_tokens import check_class_names
 from fastprompt.errors import InputError
 from fastprompt.learners.holder import BackboneHolder
+from fastprompt.learners.local import unit_patches
 from fastprompt.learners.loss import class_cross_entropy
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.stored import HubLearner
@@ -191,7 +190,7 @@ class Learner(HubLearner, BackboneHolder, ABC):
 
     def local_features(self, features: ImageFeatures) -> Tensor:
         """Patch features (B, P, D) in the joint space, L2-normalised."""
-        return F.normalize(at_least_float32(self.backbone.project_patches(features.patches)), dim=-1)
+        return unit_patches(self.backbone.project_patches(features.patches))
 
     @torch.no_grad()
     def predict(self, features: ImageFeatures) -> Tensor:

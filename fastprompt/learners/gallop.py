@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from fastprompt_kernels import selected_patches, topk_similarity
+from fastprompt_kernels import selected_patches
 from torch import Tensor, nn
 
 from fastprompt.backbone import Backbone, ImageFeatures
-from fastprompt.backbone.backbone import at_least_float32
 from fastprompt.documents import check_type
 from fastprompt.errors import InputError
 from fastprompt.learners.base import Scores, check_axes, check_prompts
+from fastprompt.learners.local import pooled_similarity, unit_patches
 from fastprompt.learners.loss import drawn_cross_entropy, drawn_prompts, prompt_cross_entropy
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.text import TextLearner, initial_context
@@ -96,8 +95,7 @@ class GalLoP(TextLearner):
 
     def local_features(self, features: ImageFeatures) -> Tensor:
         """Patch features (B, P, D) behind the learned and the frozen projection, L2-normalised."""
-        local = self.backbone.project_patches(features.patches, self.local_projection)
-        return F.normalize(at_least_float32(local), dim=-1)
+        return unit_patches(self._projected(features))
 
     def mean_text(self, features: ImageFeatures | None = None) -> tuple[Tensor, Tensor]:
         """See ``PromptLearner``: global prompts score the pooled feature, local prompts the patches."""
@@ -109,17 +107,17 @@ class GalLoP(TextLearner):
         features = self.backbone.accept(features)
         of_global, of_local = self._split_text()
         global_cosines = torch.einsum("bd,mcd->bmc", features.pooled, of_global)
-        local_cosines = self._score_patches(self.local_features(features), of_local)
+        local_cosines = self._score_patches(features, of_local)
         mean = (global_cosines.mean(dim=1) + local_cosines.mean(dim=1)) / 2
         return Scores(self.backbone.logit_scale * mean, {"global": global_cosines, "local": local_cosines})
 
-    def _score_patches(self, patches: Tensor, prompts: Tensor) -> Tensor:
-        """Local scores (B, n, C) of patches (B, P, D) for prompts (n, C, D)."""
-        return topk_similarity(*self._in_tower_precision(patches, prompts), self.k)
+    def _score_patches(self, features: ImageFeatures, prompts: Tensor) -> Tensor:
+        """Local scores (B, n, C) for prompts (n, C, D), multiplied out in the tower's precision."""
+        return pooled_similarity(self._projected(features), prompts.to(self.backbone.dtype), self.k)
 
-    def _in_tower_precision(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Inputs of the similarity as its tensor cores take them; it accumulates and answers in float32."""
-        return tuple(tensor.to(self.backbone.dtype) for tensor in tensors)
+    def _projected(self, features: ImageFeatures) -> Tensor:
+        """Patch features (B, P, D) behind the learned and the frozen projection, in the tower's precision."""
+        return self.backbone.project_patches(features.patches, self.local_projection)
 
     def draw_prompts(self, images: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw the global prompts that count for each image, (images, kept); see ``drawn_prompts``."""
@@ -141,7 +139,8 @@ class GalLoP(TextLearner):
             class_index: (B,).
         """
         features = self.backbone.accept(features)
-        local, text = self._in_tower_precision(self.local_features(features), self._split_text()[1])
+        text = self._split_text()[1].to(self.backbone.dtype)
+        local = unit_patches(self._projected(features), dtype=text.dtype)
         per_image = [
             selected_patches(image[None], text[:, index : index + 1], self.k)[0, :, 0]
             for image, index in zip(local, class_index.tolist(), strict=True)

@@ -8,7 +8,8 @@ from open_clip import SimpleTokenizer
 from torch import nn
 
 from fastprompt import InputError
-from fastprompt.layers import GlobalLocalLoss, SharedPrefixTextEncoder, TopKLocalHead, local_head
+from fastprompt.layers import GlobalLocalLoss, SharedPrefixTextEncoder, TopKLocalHead
+from fastprompt.learners import local as local_scores
 from tests.models import make_clip
 from transcriptions.drop_in import (
     OpenAIClip,
@@ -234,9 +235,9 @@ def local():
 @pytest.mark.parametrize("topk", [(1, 3, 20), (4,)])
 @pytest.mark.parametrize("held", [1, 2**20], ids=["image by image", "all images"])
 def test_local_head_and_loss_equal_those_of_gallop(local, topk, held, monkeypatch):
-    seen, unit = [], local_head._unit
-    monkeypatch.setattr(local_head, "BYTES_ON_CPU", held)
-    monkeypatch.setattr(local_head, "_unit", lambda some, *rest: seen.append(len(some)) or unit(some, *rest))
+    seen, unit = [], local_scores.unit_patches
+    monkeypatch.setattr(local_scores, "BYTES_ON_CPU", held)
+    monkeypatch.setattr(local_scores, "unit_patches", lambda some, *rest: seen.append(len(some)) or unit(some, *rest))
     features, projection, visual_proj, text = local
     global_logits, targets = 0.3 * torch.randn(2, 6, 4), torch.tensor([5, 2])
     head, loss = TopKLocalHead(topk), GlobalLocalLoss(topk=topk, global_dropout_p=0.5)
