@@ -127,6 +127,7 @@ def test_commands_of_the_front_page(photos, capsys):
     assert "picture.jpg: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_first_steps_from_an_empty_folder(place, capsys):
     first, last = snippets("first_steps.md")
     names = {}
@@ -139,6 +140,7 @@ def test_first_steps_from_an_empty_folder(place, capsys):
     torch.testing.assert_close(names["probabilities"].sum(dim=-1), torch.ones(1))
 
 
+@pytest.mark.slow
 def test_own_data_by_command_and_in_python(photos, capsys):
     for command in commands("own_data.md"):
         assert main(command) == 0, command

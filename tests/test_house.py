@@ -169,6 +169,7 @@ def test_every_method_and_room_is_reached_from_the_front():
     assert rooms <= set(fastprompt.__all__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", ["learners.CoOp", "layers.TopKLocalHead", "training.fit", "data.few_shot", "load_run"])
 def test_names_are_there_after_one_import(use):
     subprocess.run([sys.executable, "-c", f"import fastprompt; fastprompt.{use}"], check=True)

@@ -72,6 +72,7 @@ def test_selected_patches_are_those_that_are_matched(learner, images):
         assert set(chosen[image, 0].nonzero().flatten().tolist()) == set(best.tolist())
 
 
+@pytest.mark.slow
 def test_start_and_size():
     torch.manual_seed(0)
     backbone = load_backbone("ViT-B-16", "random", device="cpu")
