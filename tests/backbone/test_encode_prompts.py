@@ -77,7 +77,7 @@ def attention(request, monkeypatch):
 def cut(monkeypatch, backbone, shared, lengths):
     """Budgets of memory for all at once, for one context at a time, and for one of the longest names at a time."""
     for tokens in (10**6, shared + sum(lengths), shared + max(lengths)):
-        budget = int(tokens * backbone._text.size().per_token(with_gradient=True) / SPARE) + 1
+        budget = int(tokens * backbone._text.size.per_token(with_gradient=True) / SPARE) + 1
         monkeypatch.setattr(backbone, "memory_budget", budget)
         yield
 

@@ -189,7 +189,7 @@ class DeepPromptBlock(nn.Module):
 def test_text_encoder_refuses_what_it_cannot_speed_up(model):
     deep = copy.deepcopy(model)
     deep.transformer.resblocks[1] = DeepPromptBlock()
-    with pytest.raises(InputError, match="plain blocks of a CLIP text tower, got DeepPromptBlock"):
+    with pytest.raises(InputError, match="expected the plain ResidualAttentionBlock of a CLIP, got DeepPromptBlock"):
         SharedPrefixTextEncoder(deep)
     open_eyed = copy.deepcopy(model)
     if isinstance(model, OpenAIClip):
@@ -203,7 +203,7 @@ def test_text_encoder_refuses_what_it_cannot_speed_up(model):
 
     other = copy.deepcopy(model)
     other.transformer.resblocks[1].mlp.gelu = nn.ReLU()
-    with pytest.raises(InputError, match="expected blocks with QuickGELU or GELU, got ReLU"):
+    with pytest.raises(InputError, match="expected QuickGELU or GELU in a block, got ReLU"):
         SharedPrefixTextEncoder(other)
     learning = SharedPrefixTextEncoder(copy.deepcopy(model).requires_grad_())
     with pytest.raises(InputError, match="frozen text transformer, got weights that require gradients"):
