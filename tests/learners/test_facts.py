@@ -84,13 +84,13 @@ def test_all_options_are_recorded_and_make_the_same_learner(vit_backbone, method
     assert {n: t.shape for n, t in again.state_dict().items()} == {n: t.shape for n, t in learner.state_dict().items()}
 
 
-@pytest.mark.usefixtures("no_methods")
 def test_help_shows_the_arguments_of_the_constructor():
     arguments = inspect.signature(METHODS["coop"]).parameters
     assert list(arguments)[:3] == ["backbone", "class_names", "context"]
     assert arguments["context"].default == "a photo of a"
 
 
+@pytest.mark.usefixtures("no_methods")
 def test_a_subclass_cannot_forget_an_option(vit_backbone):
     class One(CoOp):
         method = "one"
