@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measure import Benchmark, Case, Shape
-from benchmarks.peers import cocoop_context, conditional_logits, copl_context, first_positions
 from benchmarks.text_encoder import NAMES
 from fastprompt.backbone import ImageFeatures, load_backbone
 from fastprompt.learners import CoCoOp, CoPL, Learner
+from transcriptions.conditional import cocoop_context, conditional_logits, copl_context
+from transcriptions.text import first_positions
 
 # The 77-token pass keeps about 3 GB for 100 classes of one image; two images show that images do not mix.
 TRANSCRIBED = 2

@@ -11,10 +11,10 @@ from open_clip import SimpleTokenizer
 from torch import Tensor
 
 from benchmarks.class_names import CALTECH
-from benchmarks.drop_in_peers import coop_prompts, dense_local_logits, gallop_text, text_encoder, topk_reduce
 from benchmarks.measure import Benchmark, Case, Implementation, Shape
 from fastprompt.backbone import load_backbone
 from fastprompt.layers import SharedPrefixTextEncoder, TopKLocalHead
+from transcriptions.drop_in import coop_prompts, dense_local_logits, gallop_text, text_encoder, topk_reduce
 
 TEXT_COOP, TEXT_GALLOP, LOCAL = "text (CoOp)", "text (GalLoP)", "local"
 REPLACED, OURS = "replaced", "fastprompt"

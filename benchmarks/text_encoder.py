@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from benchmarks.class_names import CALTECH, DTD
 from benchmarks.measure import AsRounded, Benchmark, Case, Shape
 from benchmarks.optional import by_xformers, compiled
-from benchmarks.peers import encode_padded, first_positions
 from fastprompt.backbone import load_backbone
+from transcriptions.text import encode_padded, first_positions
 
 KINDS = ("drawing", "photo", "toy", "painting", "statue", "model")
 INVENTED = tuple(f"{name} {kind}" for kind in KINDS for name in (*CALTECH, *DTD))

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks import similarity
 from benchmarks.measure import Benchmark, Case, Shape
 from benchmarks.optional import compiled, topk_mean_keops
-from benchmarks.peers import topk_mean_dense
+from transcriptions.gallop import topk_mean_dense
 
 # (patches, prompts, k of every prompt) to (B, N, C)
 Similarity = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
@@ -26,7 +26,7 @@ def topk_mean_best(patches: Tensor, prompts: Tensor, k: Sequence[int]) -> Tensor
     """The best eager rewrite found: one matrix product, patches last so that top-k reads contiguous rows, unsorted.
 
     Also tried: a product for each prompt, one top-k for all prompts and its sorted front, masks from the k-th value,
-    sorting, and sums of the selected patches by ``embedding_bag``. Arguments and result as ``peers.topk_mean_dense``.
+    sorting, and sums of the selected patches by ``embedding_bag``. Arguments and result as ``topk_mean_dense``.
     """
     N, C, _ = prompts.shape
     queries, parts = prompts.flatten(0, 1), []

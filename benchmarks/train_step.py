@@ -14,7 +14,6 @@ from torch import Tensor
 
 from benchmarks.measure import AsRounded, Benchmark, Case, Shape
 from benchmarks.optional import compiled
-from benchmarks.peers import first_positions
 from benchmarks.text_encoder import NAMES, PRECISIONS
 from benchmarks.train_step_peers import (
     Task,
@@ -25,6 +24,7 @@ from benchmarks.train_step_peers import (
 )
 from fastprompt.backbone import Backbone, ImageFeatures, load_backbone
 from fastprompt.learners import GalLoP
+from transcriptions.text import first_positions
 
 PUBLISHED, CLEAN, COMPILED = "GalLoP's code", "77 tokens", "77 tokens, torch.compile"
 TRUNCATED, IMAGES, CACHED = "longest name", "fastprompt, images", "fastprompt, cached features"
@@ -137,12 +137,13 @@ def _ours(work: Workload, features: Callable[[], ImageFeatures]) -> Callable[[],
     learner, task = work.learner, work.task
     optimizer, labels = SGD(learner.parameters()), task.labels.repeat(task.copies)
     drawn = task.drawn.repeat(task.copies, 1)
+    learner.draw_prompts = lambda images, generator: drawn  # those of the peers
 
     def step() -> Results:
         with torch.no_grad():
             images = features()
         scores = learner(images)
-        loss = learner.loss(scores, labels, drawn=drawn)
+        loss = learner.loss(scores, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

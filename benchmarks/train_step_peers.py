@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.peers import encode_padded, gallop_dense
+from transcriptions.gallop import gallop_dense
+from transcriptions.text import encode_padded
 
 # Blocks, tokens (S, L, W) and a mask to the tokens behind the last block, and to the value path of the last block.
 Transformer = Callable[[Sequence[nn.Module], Tensor, Tensor | None], tuple[Tensor, Tensor]]

@@ -9,7 +9,7 @@ import torch
 from fastprompt_kernels import available_implementations
 
 from fastprompt.backbone.image_towers import image_tower
-from fastprompt.backbone.text import TextTower
+from fastprompt.backbone.text_model import TextModel
 from fastprompt.data import default_cache_dir
 from fastprompt.errors import InputError
 from fastprompt.training.environment import environment
@@ -56,13 +56,13 @@ def _backbone_facts(name: str) -> dict[str, object]:
         with torch.device("meta"):
             model = open_clip.create_model(name, device="meta", load_weights=False, pretrained_text=False)
             images = image_tower(model.visual, _side(open_clip.get_model_preprocess_cfg(model)["size"]))
-            text = TextTower(model, start_of_text=None, padding=0)
+            text = TextModel.read(model)
     except (InputError, RuntimeError) as error:
         return {"not supported": error}
     shared = "by shared prefix and packed names (exact: the text tower is causal)"
     full = "at full length: the text tower is not causal, so prefixes cannot be shared"
     return {
-        "prompts are encoded": shared if text.shares_prefix else full,
+        "prompts are encoded": shared if text.causal else full,
         "context length": text.context_length,
         "patches": "{} x {}, {} wide".format(*images.patch_grid, images.patch_width),
         "activation": "QuickGELU" if config.get("quick_gelu") else "GELU",

@@ -109,6 +109,7 @@ def test_output_that_its_encoding_lacks_is_escaped(doing, monkeypatch):
     assert sys.stdout.buffer.getvalue() == rb"M\xfcsli \udcff" + b"\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_a_full_disk_behind_standard_output_is_one_line():
     command = f"{sys.executable} -m fastprompt.cli recipes ls > /dev/full"

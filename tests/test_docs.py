@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 import fastprompt
-from benchmarks.drop_in_peers import dense_local_logits, topk_reduce
 from fastprompt.cli import main
 from fastprompt.demo import scenes
+from transcriptions.drop_in import dense_local_logits, topk_reduce
 
 ROOT = Path(__file__).parents[1]
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
@@ -127,6 +127,7 @@ def test_commands_of_the_front_page(photos, capsys):
     assert "picture.jpg: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_first_steps_from_an_empty_folder(place, capsys):
     first, last = snippets("first_steps.md")
     names = {}
@@ -139,6 +140,7 @@ def test_first_steps_from_an_empty_folder(place, capsys):
     torch.testing.assert_close(names["probabilities"].sum(dim=-1), torch.ones(1))
 
 
+@pytest.mark.slow
 def test_own_data_by_command_and_in_python(photos, capsys):
     for command in commands("own_data.md"):
         assert main(command) == 0, command

@@ -173,6 +173,7 @@ def test_sweeping_leaves_what_another_process_works_on(tmp_path, other):
     assert names(tmp_path) == ["run"]
 
 
+@pytest.mark.slow
 def test_waiting_says_for_whom_and_ends_with_the_lock(tmp_path, other):
     process = other()
     waiting = [sys.executable, "-c", HOLD.replace("[1])", "[1]), wait=True"), str(tmp_path / "run")]
@@ -186,6 +187,7 @@ def test_waiting_says_for_whom_and_ends_with_the_lock(tmp_path, other):
     assert names(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_many_processes_hold_the_lock_one_after_another(tmp_path):
     """Each reads a counter, sleeps and writes it back: an update would be lost if two were inside at once."""
     count = (
@@ -202,6 +204,7 @@ def test_many_processes_hold_the_lock_one_after_another(tmp_path):
     assert (folder / "counter").read_text() == "60" and names(folder) == ["counter"]
 
 
+@pytest.mark.slow
 def test_a_folder_that_others_make_and_remove_at_the_same_time_is_locked(tmp_path):
     """An empty folder goes with its lock, between any two of the steps in which another process takes it."""
     take = (

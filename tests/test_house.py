@@ -21,8 +21,8 @@ ROOMS = [
     "progress",
     "sources",
     "backbone",
-    "layers",
     "learners",
+    "layers",
     "training",
     "evaluation",
     "report",
@@ -112,6 +112,12 @@ def test_versions_are_written_alike():
     assert f"rev: v{ruff}\n" in (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
 
 
+def test_oracles_are_independent_of_what_they_judge():
+    for file in ROOT.glob("transcriptions/*.py"):
+        ours = {"fastprompt", "fastprompt_kernels", "benchmarks", "tests"}
+        assert not ours & {module.partition(".")[0] for module in imported(file)}, file
+
+
 def test_every_package_is_shipped():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
@@ -163,6 +169,7 @@ def test_every_method_and_room_is_reached_from_the_front():
     assert rooms <= set(fastprompt.__all__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", ["learners.CoOp", "layers.TopKLocalHead", "training.fit", "data.few_shot", "load_run"])
 def test_names_are_there_after_one_import(use):
     subprocess.run([sys.executable, "-c", f"import fastprompt; fastprompt.{use}"], check=True)

@@ -148,7 +148,9 @@ def source() -> str:
     """A short hash of the Python code that is measured and that measures."""
     digest = hashlib.sha256()
     for file in sorted(
-        path for room in ("kernels", "fastprompt", "benchmarks") for path in (ROOT / room).rglob("*.py")
+        path
+        for room in ("kernels", "fastprompt", "benchmarks", "transcriptions")
+        for path in (ROOT / room).rglob("*.py")
     ):
         digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
     return digest.hexdigest()[:12]

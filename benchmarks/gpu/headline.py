@@ -12,7 +12,7 @@ from benchmarks import patch_statistics, similarity, topk_similarity
 from benchmarks.gpu.cases import Rows, Timed
 from benchmarks.gpu.plan import Plan
 from benchmarks.measure import Case, Shape
-from benchmarks.peers import topk_mean_dense
+from transcriptions.gallop import topk_mean_dense
 
 FLOORS = ("floor: products", "floor: copy")
 COPIES = 4  # 30 MB of inputs each: together twice the second-level cache of an H200

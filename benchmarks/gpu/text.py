@@ -43,7 +43,7 @@ def _replays(plan: Plan, groups: int, names: str) -> Iterator[dict]:
     contexts = 0.02 * torch.randn(2, groups, 4, backbone.text_width, device=device)
     # The class tokens are the same object at every pass, as a learner has them.
     passes = {graphs: partial(_pass, one, one.tokenize(text_encoder.NAMES[names])) for graphs, one in backbones.items()}
-    for number in range(5):  # the third and later ones are replayed
+    for number in range(3):  # the first is recorded; all are replayed
         context = contexts[number % 2]
         launched, replayed = (passes[graphs](context) for graphs in (False, True))
         errors = [((a - b).norm() / a.norm()).item() for a, b in zip(launched, replayed, strict=True)]
@@ -53,7 +53,7 @@ def _replays(plan: Plan, groups: int, names: str) -> Iterator[dict]:
     tokens = groups * (1 + 4 + sum(class_tokens.lengths))
     for graphs, run in passes.items():
         times = time_calls([partial(run, contexts[0])], device, plan.seconds, graphs=not graphs)
-        recordings = len(backbones[graphs]._text.replays._recordings)  # 0: a warning in the log says why
+        recordings = len(backbones[graphs]._prompts.replays._recordings)
         yield {"replays": graphs, "recordings": recordings, "tokens": tokens, "width": backbone.text_width, **times}
 
 

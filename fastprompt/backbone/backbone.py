@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fastprompt.backbone.class_tokens import ClassTokens, tokenize_class_names
 from fastprompt.backbone.image_towers import Patches, image_tower
 from fastprompt.backbone.memory import MemoryBudget
-from fastprompt.backbone.text import TextTower
+from fastprompt.backbone.prompt_encoder import PromptEncoder
+from fastprompt.backbone.text_model import TextModel
 from fastprompt.backbone.tokenizer import Tokenizer
 from fastprompt.errors import InputError
 from fastprompt.sources.features import ImageFeatures
@@ -43,8 +44,9 @@ class Backbone(nn.Module):
             themselves; "auto" for half of the memory that is free when a number of contexts, their length and a list
             of names are seen for the first time. What does not fit is encoded piece by piece, and for gradients each
             piece a second time: a third more work.
-        cuda_graphs: whether a GPU replays passes through the text tower that repeat, those with gradients and in one
-            piece. The memory of up to two such passes stays taken, beside the budget. Elsewhere it changes nothing.
+        cuda_graphs: whether a GPU replays passes through the text tower, those with gradients and in one piece, of the
+            first two kinds that it meets. For trainings whose steps are alike: every pass has one backward pass. The
+            memory of two passes stays taken, beside the budget. Elsewhere it changes nothing; its gain is not measured.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class Backbone(nn.Module):
         preprocessing: dict,
         patches: Patches = "value",
         memory_budget: MemoryBudget = "auto",
-        cuda_graphs: bool = True,
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
         size = preprocessing["size"]
@@ -78,7 +80,8 @@ class Backbone(nn.Module):
         self.interpolation = preprocessing["interpolation"]
         self.resize_mode = preprocessing["resize_mode"]
         self._images = image_tower(model.visual, height, patches)
-        self._text = TextTower(model, tokenizer.start_of_text, tokenizer.padding)
+        self._text = TextModel.read(model)
+        self._prompts = PromptEncoder(self._text, tokenizer.start_of_text, tokenizer.padding)
         self.patch_grid, self.patch_width = self._images.patch_grid, self._images.patch_width
         self.text_width, self.context_length = self._text.width, self._text.context_length
         self.logit_scale = model.logit_scale.float().exp().item()
@@ -103,12 +106,12 @@ class Backbone(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the frozen weights."""
-        return self._text.token_embedding.weight.dtype
+        return self._text.dtype
 
     @property
     def shares_prefix(self) -> bool:
         """Whether each context is encoded once for all classes (exact in causal text towers, impossible in others)."""
-        return self._text.shares_prefix
+        return self._text.causal
 
     def encode_images(self, images: Tensor) -> ImageFeatures:
         """Pooled and patch features of preprocessed images (B, 3, S, S).
@@ -195,7 +198,7 @@ class Backbone(nn.Module):
 
     def check_fits(self, context_tokens: int, class_tokens: ClassTokens) -> None:
         """Raise ``InputError`` that names the longest class if it does not fit behind that many context tokens."""
-        self._text.check_fits(context_tokens, class_tokens)
+        self._prompts.check_fits(context_tokens, class_tokens)
 
     def embed_words(self, words: str) -> Tensor:
         """Token embeddings (M, W) in float32 of the M tokens of ``words``: the usual start of a learned context."""
@@ -229,7 +232,7 @@ class Backbone(nn.Module):
         if not len(context):  # of no image, where contexts are made of images
             return context.flatten(1).sum(dim=1)[:, None, None].expand(-1, len(class_tokens), self.embed_dim)
         with torch.autocast(self.device.type, enabled=False):  # the weights' precision is the tower's
-            features = self._text.encode(
+            features = self._prompts.encode(
                 context.to(self.device), class_tokens, self.memory_budget, after, self.cuda_graphs
             )
         text = at_least_float32(features)

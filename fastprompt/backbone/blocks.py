@@ -1,4 +1,4 @@
-"""The two halves of open_clip's transformer block, before the attention and after it, with frozen weights.
+"""The two halves of CLIP's transformer block, before the attention and after it, with frozen weights.
 
 Frozen weights need no gradient, so a half keeps only what the gradient of its input needs: the input of each layer norm
 with its two statistics, and the input of the activation. Layer norm and activation are computed again in the backward
@@ -7,6 +7,7 @@ pass, from these tensors in the precision of the weights.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from fastprompt.backbone.memory import release_freed_memory, trims_memory
 from fastprompt.errors import InputError
 
 aten = torch.ops.aten
@@ -27,32 +29,49 @@ QUICK = 1.702
 SLOW_TOKENS, MANY_INPUTS = (512, 1200), 1536
 
 
-def check_block(block: nn.Module) -> None:
-    """Raise ``InputError`` if a block is not a plain ``ResidualAttentionBlock`` with an activation known here."""
-    if type(block) is not ResidualAttentionBlock:
-        raise InputError(f"expected open_clip's ResidualAttentionBlock, got {type(block).__name__}")
-    if not isinstance(block.mlp.gelu, QuickGELU | nn.GELU):
-        raise InputError(f"expected QuickGELU or GELU in a block, got {type(block.mlp.gelu).__name__}")
+Block = ResidualAttentionBlock | SimpleNamespace
 
 
-def split_heads(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
-    """Queries, keys and values (..., L, 3, heads, d) of block inputs (..., L, W), which are normalised first.
+def read_block(block: nn.Module) -> Block:
+    """Return a block in the layout of open_clip, whose blocks scale both residual sums; those of openai/CLIP do not.
+
+    Raises:
+        InputError: not a plain ``ResidualAttentionBlock``, or one with an activation that is not known here.
+    """
+    # By name: deep prompts (MaPLe, PromptSRC) come with blocks of the same attributes and another forward pass.
+    if type(block).__name__ != "ResidualAttentionBlock":
+        raise InputError(f"model: expected the plain ResidualAttentionBlock of a CLIP, got {type(block).__name__}")
+    activation = block.mlp.gelu
+    if not isinstance(activation, nn.GELU) and type(activation).__name__ != "QuickGELU":
+        raise InputError(f"model: expected QuickGELU or GELU in a block, got {type(activation).__name__}")
+    if isinstance(block, ResidualAttentionBlock):
+        return block
+    parts = {name: getattr(block, name) for name in ("attn", "ln_1", "ln_2")}
+    scales = {name: getattr(block, name, nn.Identity()) for name in ("ls_1", "ls_2")}
+    gelu = activation if isinstance(activation, nn.GELU) else QuickGELU()
+    return SimpleNamespace(
+        **parts, **scales, mlp=SimpleNamespace(c_fc=block.mlp.c_fc, gelu=gelu, c_proj=block.mlp.c_proj)
+    )
+
+
+def split_heads(block: Block, x: Tensor) -> Tensor:
+    """Return queries, keys and values (..., L, 3, heads, d) of block inputs (..., L, W), which are normalised first.
 
     Differentiable once, with respect to ``x`` only.
     """
     return project(block, x, "qkv").unflatten(-1, (3, block.attn.num_heads, -1))
 
 
-def project(block: ResidualAttentionBlock, x: Tensor, parts: str) -> Tensor:
-    """The adjacent ``parts`` of "qkv" (..., len(parts) * W) of block inputs (..., W), which are normalised first."""
+def project(block: Block, x: Tensor, parts: str) -> Tensor:
+    """Return adjacent ``parts`` of "qkv" (..., len(parts) * W) of block inputs (..., W), which are normalised first."""
     width = x.shape[-1]
     start = "qkv".index(parts) * width
     rows = slice(start, start + len(parts) * width)
     return _NormedProjection.apply(x, block.ln_1, block.attn.in_proj_weight[rows], block.attn.in_proj_bias[rows])
 
 
-def close_block(block: ResidualAttentionBlock, x: Tensor, attended: Tensor) -> Tensor:
-    """Output projection, MLP and both residual sums, (..., W), of block inputs and attention results (..., W).
+def close_block(block: Block, x: Tensor, attended: Tensor) -> Tensor:
+    """Apply output projection, MLP and both residual sums to block inputs and attention results (..., W).
 
     Differentiable once, with respect to ``x`` and ``attended`` only.
     """
@@ -64,6 +83,8 @@ class _NormedProjection(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> Tensor:
+        if ctx.needs_input_grad[0] and trims_memory():
+            release_freed_memory()
         normed, mean, rstd = _normalise(norm, _flat(x))
         ctx.save_for_backward(x, mean, rstd)
         ctx.norm, ctx.weight = norm, weight
@@ -82,7 +103,7 @@ class _SecondHalf(Function):
     """Everything behind the attention; keeps the sum after it, two statistics a token, and the activation's input."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, attended: Tensor, block: ResidualAttentionBlock) -> Tensor:
+    def forward(ctx: Any, x: Tensor, attended: Tensor, block: Block) -> Tensor:
         out_proj, down = block.attn.out_proj, block.mlp.c_proj
         middle = torch.addmm(out_proj.bias, _flat(attended), out_proj.weight.t())
         middle = _scale_(middle, block.ls_1).add_(_flat(x))
@@ -92,7 +113,7 @@ class _SecondHalf(Function):
         keep = any(ctx.needs_input_grad)
         if keep:
             ctx.save_for_backward(middle, mean, rstd, hidden)
-            ctx.block = block
+            ctx.block, ctx.trims_memory = block, trims_memory()
         factor = 1 / QUICK if isinstance(block.mlp.gelu, QuickGELU) else 1
         active = _activate(block.mlp.gelu, hidden, in_place=not keep)
         out = _product(active, down.weight.t(), bias=down.bias, alpha=factor)
@@ -103,13 +124,15 @@ class _SecondHalf(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         middle, mean, rstd, hidden = ctx.saved_tensors
         block, flat = ctx.block, _flat(grad)
+        if ctx.trims_memory:
+            release_freed_memory()
         with torch.autocast(grad.device.type, enabled=False):
             through = _scaled(flat, block.ls_2) @ block.mlp.c_proj.weight
             _activate_backward_(block.mlp.gelu, through, hidden)
             through = _product(through, block.mlp.c_fc.weight)
-            of_middle = _normalise_backward(block.ln_2, through, middle, mean, rstd).add_(flat)
-            of_attended = _scaled(of_middle, block.ls_1) @ block.attn.out_proj.weight
-        return of_middle.view(grad.shape), of_attended.view(grad.shape), None
+            grad_middle = _normalise_backward(block.ln_2, through, middle, mean, rstd).add_(flat)
+            grad_attended = _scaled(grad_middle, block.ls_1) @ block.attn.out_proj.weight
+        return grad_middle.view(grad.shape), grad_attended.view(grad.shape), None
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -34,9 +34,18 @@ class ClassTokens:
     def __len__(self) -> int:
         return len(self.class_names)
 
-    def order(self, before: int, behind: int, device: torch.device) -> Tensor:
-        """Indices that put every class together, where each brings tokens; see ``token_order``."""
-        return token_order(self.lengths, self.name_lengths or self.lengths, before, behind, device)
+    def order(self, before: int, after: int) -> Tensor:
+        """Return indices that put every class together: ``before`` tokens of its own, name, ``after``, suffix and end.
+
+        They point into the T tokens of all classes, followed by C * ``before`` and C * ``after`` learned ones.
+        """
+        order, first = [], 0
+        own, behind = len(self.ids), len(self.ids) + len(self) * before
+        for length, name in zip(self.lengths, self.name_lengths or self.lengths, strict=True):
+            order += [*range(own, own + before), *range(first, first + name)]
+            order += [*range(behind, behind + after), *range(first + name, first + length)]
+            own, behind, first = own + before, behind + after, first + length
+        return torch.tensor(order)
 
     def split(self, sizes: Sequence[int]) -> list[ClassTokens]:
         """The same classes in several lists, ``sizes`` of them in each; the sizes sum to C."""
@@ -129,22 +138,3 @@ def tokenize_class_names(
         name_lengths.append(len(encode(name)))
     flat = torch.tensor([token for name in tokens for token in name], dtype=torch.long)
     return ClassTokens(class_names, flat, tuple(len(name) for name in tokens), tuple(name_lengths))
-
-
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)  # what is kept may serve a training later
-def token_order(
-    lengths: tuple[int, ...], name_lengths: tuple[int, ...], before: int, behind: int, device: torch.device
-) -> Tensor:
-    """Class by class: ``before`` tokens of its own, its name, ``behind`` tokens, the rest of its ``lengths``.
-
-    Returns:
-        Indices into the concatenation of all T class tokens, the C * ``before`` and the C * ``behind`` tokens.
-    """
-    own, order, first = sum(lengths), [], 0
-    learned = own + len(lengths) * before
-    for length, name in zip(lengths, name_lengths, strict=True):
-        order += [*range(own, own + before), *range(first, first + name)]
-        order += [*range(learned, learned + behind), *range(first + name, first + length)]
-        own, learned, first = own + before, learned + behind, first + length
-    return torch.tensor(order, device=device)

@@ -41,7 +41,7 @@ def load_backbone(
     patches: Patches = "value",
     cache_dir: str | Path | None = None,
     memory_budget: MemoryBudget = "auto",
-    cuda_graphs: bool = True,
+    cuda_graphs: bool = False,
 ) -> Backbone:
     """Load a frozen CLIP model.
 
@@ -57,7 +57,7 @@ def load_backbone(
             attention pooling makes; CLIP's ResNets alone have them. The fingerprint tells the two apart.
         cache_dir: where downloaded weights are kept; open_clip's own default otherwise.
         memory_budget: bytes that encoding prompts may take, or "auto"; see ``Backbone``.
-        cuda_graphs: whether a GPU replays passes through the text tower that repeat; see ``Backbone``.
+        cuda_graphs: whether a GPU replays passes through the text tower; see ``Backbone``.
 
     Raises:
         InputError: unknown name, tag, device, precision or patches; an activation that does not fit the weights; a

@@ -6,14 +6,16 @@ import ctypes
 import logging
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from fastprompt.errors import InputError
 
@@ -26,6 +28,8 @@ GAPS = 1.6  # times the estimate: what a process grew by in one piece, if its C 
 SPARE = 0.97  # of a piece's tokens: packing leaves few slots empty
 MEMINFO = Path("/proc/meminfo")  # Linux
 CGROUP = Path("/sys/fs/cgroup")  # a container's limit on Linux
+
+_TRIMS: ContextVar[bool] = ContextVar("trims", default=False)
 
 
 @dataclass(frozen=True)
@@ -71,17 +75,16 @@ class EncodingPlan:
         classes: classes of each piece; they sum to C.
         nbytes: estimated bytes of all tensors at the worst moment, beside the weights and the features themselves.
         whole: whether there is a single piece.
-        sparing: whether a CPU gives freed memory back after every block, because gaps in it would not fit as well.
+        trims_memory: whether a CPU gives freed memory back in every block, because gaps in it would not fit as well.
     """
 
     groups: int
     classes: tuple[int, ...]
     nbytes: int
     whole: bool
-    sparing: bool = True
+    trims_memory: bool = True
 
 
-@lru_cache(maxsize=64)  # decided once, so that every step of a training is cut alike
 def plan_encoding(
     size: TowerSize,
     groups: int,
@@ -110,8 +113,8 @@ def plan_encoding(
     tokens = groups * (shared + sum(lengths))
     needed = tokens * per_token
     if available is None or needed <= available:
-        sparing = available is not None and GAPS * needed > available
-        return _logged(EncodingPlan(groups, (len(lengths),), needed, True, sparing), tokens, groups, with_gradient)
+        trims_memory = available is not None and GAPS * needed > available
+        return _logged(EncodingPlan(groups, (len(lengths),), needed, True, trims_memory), tokens, groups, with_gradient)
     at_once = int(available / per_token * SPARE)
     if shared + max(lengths) > at_once:
         needed = int((shared + max(lengths)) * per_token / SPARE) + 1
@@ -174,22 +177,30 @@ def _free_memory(device: torch.device) -> int | None:
     return free
 
 
-def release_freed_memory(x: Tensor) -> None:
-    """Let the C library give back what is free now, and once more when the backward pass has the gradient of x.
+@contextmanager
+def trimmed_memory(wanted: bool) -> Iterator[None]:
+    """Let every block of a pass give freed memory back to the system, forward and backward."""
+    token = _TRIMS.set(wanted)
+    try:
+        yield
+    finally:
+        _TRIMS.reset(token)
+
+
+def trims_memory() -> bool:
+    """Return whether blocks are to give freed memory back now."""
+    return not torch.compiler.is_compiling() and _TRIMS.get()
+
+
+def release_freed_memory() -> None:
+    """Let the C library give back to the system what is free now.
 
     Torch asks for aligned memory, and glibc serves such a request from a gap only if the gap is larger than what is
     asked for. So a tensor does not fit where one of its size has been, and the heap grows to a multiple of what is in
-    use. Gaps between tensors are given back too. Other C libraries and devices are left alone.
+    use. Gaps between tensors are given back too. Other C libraries are left alone.
     """
-    library = _glibc()
-    if library is None or not x.is_cpu or not x.requires_grad:
-        return
-
-    def release(_: Tensor | None = None) -> None:
+    if (library := _glibc()) is not None:
         library.malloc_trim(0)
-
-    release()
-    x.register_hook(release)
 
 
 @cache

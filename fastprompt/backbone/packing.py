@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from heapq import heappop, heappush
 
 import torch
@@ -47,8 +46,6 @@ def row_tokens(device: torch.device) -> int:
     return ROW_TOKENS_CPU if device.type == "cpu" else ROW_TOKENS_DEVICE
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept may serve a training later
 def pack(lengths: tuple[int, ...], device: torch.device) -> Packing:
     """Pack sequences by first fit, longest first, into rows of the width that leaves the fewest slots empty."""
     width, rows, places = best_fit(lengths, row_tokens(device))

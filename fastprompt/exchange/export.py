@@ -17,7 +17,8 @@ from fastprompt.exchange.config import ExportConfig
 from fastprompt.experiment.runs import load_run
 from fastprompt.files import locked, tensor_bytes, write_file
 from fastprompt.learners import Learner
-from fastprompt.training.run_folder import MODEL, STATE, is_run
+from fastprompt.learners.stored import MODEL
+from fastprompt.training.run_folder import STATE, is_run
 
 logger = logging.getLogger(__name__)
 POOLED = "logits = logit_scale * normalise(pooled image feature) @ head.T"

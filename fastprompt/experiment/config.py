@@ -156,8 +156,8 @@ class RuntimeConfig(PlaceConfig):
 
     memory_budget: int | Literal["auto"] = "auto"
     """Bytes that the text encoder may take; what does not fit is encoded in pieces. auto: half of the free memory."""
-    cuda_graphs: bool = True
-    """On a GPU, replay passes of the text encoder that repeat. The memory of up to two stays taken."""
+    cuda_graphs: bool = False
+    """On a GPU, replay passes of the text encoder. The memory of two stays taken; its gain is not measured."""
     image_memory: float = 4.0
     """With --augment: GB that decoded training images may take. If they do not fit, every epoch decodes them anew."""
 

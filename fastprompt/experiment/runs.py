@@ -12,9 +12,9 @@ from fastprompt.data import readable_name
 from fastprompt.documents import build, check_object
 from fastprompt.errors import InputError
 from fastprompt.learners import Learner, ZeroShot
-from fastprompt.learners.stored import read_description, rebuild
+from fastprompt.learners.stored import MODEL, rebuild
 from fastprompt.training import RunFolder
-from fastprompt.training.run_folder import CONFIG, MODEL
+from fastprompt.training.run_folder import CONFIG
 
 
 def load_run(
@@ -36,8 +36,7 @@ def load_run(
         InputError: not a finished run, its backbone has other weights now, or class names that it cannot take.
     """
     run = RunFolder.open(path)
-    tensors, metadata = run.load_model()
-    described = read_description(metadata, run.path / MODEL)
+    tensors, described = run.load_model()
     if backbone is None:
         precision = run_settings(run).precision
         place = {"device": device, "precision": precision, "cache_dir": described.weights_dir}

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import fastprompt_kernels  # noqa: F401  registers the operators
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from fastprompt.backbone.backbone import at_least_float32
 from fastprompt.errors import InputError
-
-# Bytes of projected features that are held at a time. The backward pass makes them again, for a fraction of what the
-# similarity costs: kept for all images, they would take more memory than everything else.
-BYTES_ON_CPU, BYTES = 7 * 2**18, 2**26
+from fastprompt.learners.local import pooled_similarity
 
 
 class TopKLocalHead(nn.Module):
@@ -53,9 +46,7 @@ class TopKLocalHead(nn.Module):
             dtype = torch.get_autocast_dtype(device)
             local_features, local_text_features, projection = (x if x is None else x.to(dtype) for x in cast)
         prompts = local_text_features.transpose(0, 1).contiguous()  # (n, C, D)
-        k = [min(count, local_features.shape[1]) for count in self.topk]
-        k = k * len(prompts) if len(k) == 1 else k
-        return _Pooled.apply(local_features, prompts, projection, k).transpose(1, 2)
+        return pooled_similarity(local_features, prompts, self.topk, projection, keep=False).transpose(1, 2)
 
     def _check(self, features: Tensor, text: Tensor, projection: Tensor | None) -> None:
         if features.dim() != 3 or text.dim() != 3:
@@ -75,70 +66,3 @@ class TopKLocalHead(nn.Module):
                 f"local_features: expected a last axis of {expected} as in local_text_features, got {width}; "
                 "give the projection, if they are not projected yet"
             )
-
-
-class _Pooled(torch.autograd.Function):
-    """Pooled cosines (B, n, C), some images at a time; kept for the backward pass are the selected patches alone."""
-
-    @staticmethod
-    def forward(ctx, features: Tensor, prompts: Tensor, projection: Tensor | None, k: list[int]) -> Tensor:  # noqa: ANN001
-        keep, values, selected = any(ctx.needs_input_grad), None, None
-        with torch.autocast(features.device.type, enabled=False):
-            for images in _parts(features, prompts):
-                unit = _unit(features[images], projection, prompts.dtype)
-                part = torch.ops.fastprompt.topk_similarity(unit, prompts, k, keep, "auto")
-                if values is None:
-                    values, selected = (one.new_empty(len(features), *one.shape[1:]) for one in part)
-                values[images] = part[0]
-                if keep:
-                    selected[images] = part[1]
-        ctx.k = k
-        ctx.save_for_backward(features, prompts, projection, selected)
-        return values
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
-        *inputs, selected = ctx.saved_tensors
-        features, prompts, projection = inputs
-        wanted = ctx.needs_input_grad[:3]
-        of_features, of_prompts, of_projection = (
-            torch.zeros_like(like) if needed else None for needed, like in zip(wanted, inputs, strict=True)
-        )
-        for images in _parts(features, prompts):
-            part = features[images].detach().requires_grad_(wanted[0])
-            matrix = None if projection is None else projection.detach().requires_grad_(wanted[2])
-            with torch.enable_grad():
-                unit = _unit(part, matrix, prompts.dtype)
-            of_unit, of_text = torch.ops.fastprompt.topk_similarity_grad(
-                grad[images],
-                unit.detach() if wanted[1] else None,
-                prompts if unit.requires_grad else None,
-                selected[images],
-                ctx.k,
-                features.shape[1],
-                "auto",
-            )
-            if wanted[1]:
-                of_prompts += of_text
-            del of_text  # or it would be there beside the next one
-            if unit.requires_grad:
-                unit.backward(of_unit)
-            if wanted[0]:
-                of_features[images] = part.grad
-            if wanted[2]:
-                of_projection += matrix.grad
-        return of_features, of_prompts, of_projection, None
-
-
-def _parts(features: Tensor, prompts: Tensor) -> Iterator[slice]:
-    """As many images at a time as their projected features may take memory; one part where there is no image."""
-    per_image = features.shape[1] * prompts.shape[-1] * prompts.element_size()
-    at_once = max(1, (BYTES_ON_CPU if features.device.type == "cpu" else BYTES) // max(per_image, 1))
-    return (slice(start, start + at_once) for start in range(0, max(len(features), 1), at_once))
-
-
-def _unit(features: Tensor, projection: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Normalised features (B, P, D) of features (B, P, W)."""
-    projected = features if projection is None else features @ projection
-    return F.normalize(at_least_float32(projected), dim=-1).to(dtype)

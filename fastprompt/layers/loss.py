@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprompt.errors import InputError
+from fastprompt.learners.loss import drawn_cross_entropy, drawn_prompts, prompt_cross_entropy
 
 
 class GlobalLocalLoss(nn.Module):
@@ -54,14 +53,11 @@ class GlobalLocalLoss(nn.Module):
         loss = global_logits.new_zeros(())
         if self.use_local_loss and local_logits is not None:
             self._check(local_logits)
-            every_prompt = targets[:, None].expand(-1, local_logits.shape[-1])
-            loss = loss + F.cross_entropy(logit_scale * local_logits, every_prompt)
+            loss = loss + prompt_cross_entropy(local_logits.transpose(1, 2), targets, logit_scale)
         if self.use_global_loss:
-            images, classes, prompts = global_logits.shape
-            kept = max(prompts - int(self.global_dropout_p * prompts), 1)
-            drawn = torch.randint(prompts, (images, 1, kept), device=global_logits.device)
-            mean = global_logits.gather(-1, drawn.expand(-1, classes, -1)).mean(dim=-1)
-            loss = loss + F.cross_entropy(logit_scale * mean, targets)
+            images, _, prompts = global_logits.shape
+            drawn = drawn_prompts(images, prompts, self.global_dropout_p, global_logits.device)
+            loss = loss + drawn_cross_entropy(global_logits.transpose(1, 2), targets, logit_scale, drawn)
         return loss
 
     def _check(self, local_logits: Tensor) -> None:

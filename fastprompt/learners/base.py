@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastprompt.backbone import Backbone, ImageFeatures
-from fastprompt.backbone.backbone import at_least_float32
 from fastprompt.backbone.class_tokens import check_class_names
 from fastprompt.errors import InputError
 from fastprompt.learners.holder import BackboneHolder
+from fastprompt.learners.local import unit_patches
+from fastprompt.learners.loss import class_cross_entropy
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.stored import HubLearner
 from fastprompt.sources import FeatureSource
@@ -162,9 +162,15 @@ class Learner(HubLearner, BackboneHolder, ABC):
     def forward(self, features: ImageFeatures) -> Scores:
         """Scores of B images."""
 
-    def loss(self, scores: Scores, labels: Tensor) -> Tensor:
-        """Cross-entropy of the logits with labels (B,), a scalar."""
-        return F.cross_entropy(scores.logits, labels.to(scores.logits.device))
+    def loss(self, scores: Scores, labels: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """What is minimised, a scalar; by default the cross-entropy of the logits.
+
+        Args:
+            scores: of B images.
+            labels: (B,), on any device.
+            generator: of the scores' device, from which all random numbers come; None for torch's own.
+        """
+        return class_cross_entropy(scores.logits, labels)
 
     def check(self) -> None:
         """Raise ``InputError`` where what training will read is not there; called before any image is encoded."""
@@ -176,15 +182,15 @@ class Learner(HubLearner, BackboneHolder, ABC):
             source: the training images; ``source.plain_batches()`` yields them all without augmentation.
         """
 
-    def backward(self, scores: Scores, labels: Tensor) -> Tensor:
-        """Leave the gradients of one step on the learned tensors, and return the detached loss, a scalar."""
-        loss = self.loss(scores, labels)
+    def backward(self, scores: Scores, labels: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Leave the gradients of one step on the learned tensors, and return the detached ``loss``."""
+        loss = self.loss(scores, labels, generator=generator)
         loss.backward()
         return loss.detach()
 
     def local_features(self, features: ImageFeatures) -> Tensor:
         """Patch features (B, P, D) in the joint space, L2-normalised."""
-        return F.normalize(at_least_float32(self.backbone.project_patches(features.patches)), dim=-1)
+        return unit_patches(self.backbone.project_patches(features.patches))
 
     @torch.no_grad()
     def predict(self, features: ImageFeatures) -> Tensor:

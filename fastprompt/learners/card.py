@@ -51,7 +51,7 @@ def card_text(
 
     Args:
         learner: what is stored.
-        described: by ``describe``, and the learner's options under "options".
+        described: by ``describe``.
         repository: where it can be loaded from.
         training: how it was trained, such as ``TrainingSettings``; None if that is not known.
         accuracy: share of test images that it named right; None if that is not known.

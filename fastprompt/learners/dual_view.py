@@ -13,6 +13,7 @@ from fastprompt.backbone import Backbone, ImageFeatures
 from fastprompt.errors import InputError
 from fastprompt.learners.base import Scores, check_weight
 from fastprompt.learners.coop import EPOCHS, CoOp
+from fastprompt.learners.loss import class_cross_entropy
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.templates import DEFAULT_TEMPLATE, TEMPLATES
 from fastprompt.sources import FeatureSource
@@ -95,18 +96,13 @@ class DualView(CoOp):
         text, pooled = self.text_features()[0], self.backbone.accept(features).pooled
         return Scores(self.backbone.logit_scale * pooled @ self.both_views(text).T, {"text": text, "pooled": pooled})
 
-    def draw_mix(self, images: int) -> Tensor:
-        """Share of the class mean in each image's feature, (images,); 0 for those that stay as they are."""
-        of_mixed = LARGEST_MIX * torch.rand(images, device=self.backbone.device)
-        return of_mixed * (torch.rand(images, device=self.backbone.device) < self.mixing)
+    def draw_mix(self, images: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw the share of the class mean in each image's feature, (images,); 0 for those that stay as they are."""
+        mixed, drawn = (torch.rand(images, device=self.backbone.device, generator=generator) for _ in range(2))
+        return LARGEST_MIX * mixed * (drawn < self.mixing)
 
-    def loss(self, scores: Scores, labels: Tensor, *, mix: Tensor | None = None) -> Tensor:
-        """Cross-entropy of the learned view and mutual information of both, a scalar.
-
-        Args:
-            scores: of B images.
-            labels: (B,).
-            mix: (B,) as ``draw_mix`` draws it by default.
+    def loss(self, scores: Scores, labels: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """See ``Learner``: cross-entropy of the learned view and mutual information of both, a scalar.
 
         Raises:
             InputError: images are to be mixed, and ``prepare`` was not called.
@@ -116,9 +112,9 @@ class DualView(CoOp):
         text, pooled = scores.parts["text"], scores.parts["pooled"]
         labels = labels.to(pooled.device)
         if self.mixing:
-            mix = (self.draw_mix(len(labels)) if mix is None else mix)[:, None].to(pooled)
+            mix = self.draw_mix(len(labels), generator)[:, None].to(pooled)
             pooled = F.normalize((1 - mix) * pooled + mix * self.class_means[labels].to(pooled), dim=-1)
         views = text @ self.hand_crafted(*self.templates).T / TEMPERATURE  # (C, C)
         classes = torch.arange(len(views), device=views.device)
-        information = (F.cross_entropy(views, classes) + F.cross_entropy(views.T, classes)) / 2
-        return F.cross_entropy(self.backbone.logit_scale * pooled @ text.T, labels) + self.weight * information
+        information = (class_cross_entropy(views, classes) + class_cross_entropy(views.T, classes)) / 2
+        return class_cross_entropy(self.backbone.logit_scale * pooled @ text.T, labels) + self.weight * information

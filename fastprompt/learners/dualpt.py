@@ -14,6 +14,7 @@ from fastprompt.backbone import Backbone, ImageFeatures
 from fastprompt.learners.base import Scores, check_weight
 from fastprompt.learners.coop import EPOCHS
 from fastprompt.learners.descriptions import encode_descriptions, load_descriptions
+from fastprompt.learners.loss import class_cross_entropy
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.templates import DEFAULT_TEMPLATE
 from fastprompt.learners.text import TextLearner, initial_contexts
@@ -105,12 +106,12 @@ class DuAlPT(TextLearner):
         transported = transport_similarity(self.local_features(features), text, self.transport)
         return Scores(self.backbone.logit_scale * (features.pooled @ mean.T + transported) / 2, {"text": mean})
 
-    def loss(self, scores: Scores, labels: Tensor) -> Tensor:
+    def loss(self, scores: Scores, labels: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Cross-entropy of the logits with labels (B,), and the weighted alignment with the descriptions."""
-        loss = super().loss(scores, labels)
+        loss = super().loss(scores, labels, generator=generator)
         if not self.weight:
             return loss
         cosines = scores.parts["text"] @ self.described().T  # (C, C)
         classes = torch.arange(len(cosines), device=cosines.device)
-        aligned = (1 - cosines.diagonal()).mean() + F.cross_entropy(self.backbone.logit_scale * cosines, classes)
+        aligned = (1 - cosines.diagonal()).mean() + class_cross_entropy(self.backbone.logit_scale * cosines, classes)
         return loss + self.weight * aligned

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from fastprompt_kernels import selected_patches, topk_similarity
+from fastprompt_kernels import selected_patches
 from torch import Tensor, nn
 
 from fastprompt.backbone import Backbone, ImageFeatures
-from fastprompt.backbone.backbone import at_least_float32
 from fastprompt.documents import check_type
 from fastprompt.errors import InputError
 from fastprompt.learners.base import Scores, check_axes, check_prompts
+from fastprompt.learners.local import pooled_similarity, unit_patches
+from fastprompt.learners.loss import drawn_cross_entropy, drawn_prompts, prompt_cross_entropy
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.text import TextLearner, initial_context
 
@@ -95,8 +95,7 @@ class GalLoP(TextLearner):
 
     def local_features(self, features: ImageFeatures) -> Tensor:
         """Patch features (B, P, D) behind the learned and the frozen projection, L2-normalised."""
-        local = self.backbone.project_patches(features.patches, self.local_projection)
-        return F.normalize(at_least_float32(local), dim=-1)
+        return unit_patches(self._projected(features))
 
     def mean_text(self, features: ImageFeatures | None = None) -> tuple[Tensor, Tensor]:
         """See ``PromptLearner``: global prompts score the pooled feature, local prompts the patches."""
@@ -108,40 +107,27 @@ class GalLoP(TextLearner):
         features = self.backbone.accept(features)
         of_global, of_local = self._split_text()
         global_cosines = torch.einsum("bd,mcd->bmc", features.pooled, of_global)
-        local_cosines = self._score_patches(self.local_features(features), of_local)
+        local_cosines = self._score_patches(features, of_local)
         mean = (global_cosines.mean(dim=1) + local_cosines.mean(dim=1)) / 2
         return Scores(self.backbone.logit_scale * mean, {"global": global_cosines, "local": local_cosines})
 
-    def _score_patches(self, patches: Tensor, prompts: Tensor) -> Tensor:
-        """Local scores (B, n, C) of patches (B, P, D) for prompts (n, C, D)."""
-        return topk_similarity(*self._in_tower_precision(patches, prompts), self.k)
+    def _score_patches(self, features: ImageFeatures, prompts: Tensor) -> Tensor:
+        """Local scores (B, n, C) for prompts (n, C, D), multiplied out in the tower's precision."""
+        return pooled_similarity(self._projected(features), prompts.to(self.backbone.dtype), self.k)
 
-    def _in_tower_precision(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Inputs of the similarity as its tensor cores take them; it accumulates and answers in float32."""
-        return tuple(tensor.to(self.backbone.dtype) for tensor in tensors)
+    def _projected(self, features: ImageFeatures) -> Tensor:
+        """Patch features (B, P, D) behind the learned and the frozen projection, in the tower's precision."""
+        return self.backbone.project_patches(features.patches, self.local_projection)
 
-    def draw_prompts(self, images: int) -> Tensor:
-        """Prompt dropout: the global prompts that count for each image, (images, kept), drawn with replacement."""
-        prompts = len(self.global_prompts)
-        kept = max(prompts - int(self.dropout * prompts), 1)
-        return torch.randint(prompts, (images, kept), device=self.backbone.device)
+    def draw_prompts(self, images: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw the global prompts that count for each image, (images, kept); see ``drawn_prompts``."""
+        return drawn_prompts(images, len(self.global_prompts), self.dropout, self.backbone.device, generator)
 
-    def loss(self, scores: Scores, labels: Tensor, *, drawn: Tensor | None = None) -> Tensor:
-        """Cross-entropy of the drawn global prompts, plus that of every local prompt, averaged over prompts.
-
-        Args:
-            scores: of B images.
-            labels: (B,).
-            drawn: (B, kept) indices of global prompts; drawn anew by default.
-        """
-        cosines, local = scores.parts["global"], scores.parts["local"]
-        drawn = self.draw_prompts(len(labels)) if drawn is None else drawn
-        labels = labels.to(cosines.device)
-        kept = cosines.take_along_dim(drawn[:, :, None], dim=1).mean(dim=1)  # (B, C)
-        scale = self.backbone.logit_scale
-        every_prompt = labels[:, None].expand(local.shape[:2])
-        return F.cross_entropy(scale * kept, labels) + F.cross_entropy(
-            scale * local.flatten(0, 1), every_prompt.flatten()
+    def loss(self, scores: Scores, labels: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """See ``Learner``: cross-entropy of the drawn global prompts, plus that of every local prompt."""
+        scale, drawn = self.backbone.logit_scale, self.draw_prompts(len(labels), generator)
+        return drawn_cross_entropy(scores.parts["global"], labels, scale, drawn) + prompt_cross_entropy(
+            scores.parts["local"], labels, scale
         )
 
     @torch.no_grad()
@@ -153,7 +139,8 @@ class GalLoP(TextLearner):
             class_index: (B,).
         """
         features = self.backbone.accept(features)
-        local, text = self._in_tower_precision(self.local_features(features), self._split_text()[1])
+        text = self._split_text()[1].to(self.backbone.dtype)
+        local = unit_patches(self._projected(features), dtype=text.dtype)
         per_image = [
             selected_patches(image[None], text[:, index : index + 1], self.k)[0, :, 0]
             for image, index in zip(local, class_index.tolist(), strict=True)

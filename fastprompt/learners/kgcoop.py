@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from fastprompt.backbone import Backbone
@@ -58,7 +59,7 @@ class KgCoOp(CoOp):
         self.template, self.weight = template, weight
         self.hand_crafted(template)  # a bad template is refused here, not in the first step
 
-    def loss(self, scores: Scores, labels: Tensor) -> Tensor:
+    def loss(self, scores: Scores, labels: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Cross-entropy and the distance to the template, a scalar."""
         cosines = (scores.parts["text"] * self.hand_crafted(self.template)).sum(dim=-1)  # (C,)
-        return super().loss(scores, labels) + self.weight * (1 - cosines.mean())
+        return super().loss(scores, labels, generator=generator) + self.weight * (1 - cosines.mean())

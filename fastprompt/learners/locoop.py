@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import torch
 from fastprompt_kernels import patch_statistics
 from torch import Tensor
 
@@ -59,11 +60,11 @@ class LoCoOp(CoOp):
         scores = super().forward(features)
         return Scores(scores.logits, {**scores.parts, "pooled": features.pooled, "patches": features.patches})
 
-    def loss(self, scores: Scores, labels: Tensor) -> Tensor:
+    def loss(self, scores: Scores, labels: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Cross-entropy minus the weighted entropy of the background, a scalar."""
         text, labels = scores.parts["text"], labels.to(scores.logits.device)
         patches = self.local_features(ImageFeatures(scores.parts["pooled"], scores.parts["patches"]))
         statistics = patch_statistics(patches, text, scale=self.backbone.logit_scale, labels=labels)
         background = statistics.rank >= max(1, round(self.top_share * len(text)))  # (B, P)
         entropy = (statistics.entropy * background).sum() / background.sum().clamp(min=1)
-        return super().loss(scores, labels) - self.weight * entropy
+        return super().loss(scores, labels, generator=generator) - self.weight * entropy

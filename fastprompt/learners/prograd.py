@@ -91,11 +91,11 @@ class ProGrad(CoOp):
         teacher = self.backbone.logit_scale * pooled @ self.hand_crafted(self.template).T
         return Scores(super().forward(features).logits, {"teacher": teacher, "context": self.context})
 
-    def loss(self, scores: Scores, labels: Tensor) -> Tensor:
+    def loss(self, scores: Scores, labels: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Cross-entropy, a scalar, whose backward pass, which can be made once, leaves the projected gradient."""
         probabilities = scores.parts["teacher"].softmax(dim=-1)
         divergence = -(probabilities * scores.logits.log_softmax(dim=-1)).sum(dim=-1).mean()  # up to a constant
-        terms = super().loss(scores, labels), divergence
+        terms = super().loss(scores, labels, generator=generator), divergence
         return _ProjectedGradient.apply(scores.parts["context"], terms, self.weight)
 
 

@@ -99,9 +99,9 @@ class SOTGLP(GalLoP):
         contexts = self.global_prompts, self.local_prompts
         return torch.cat([self.backbone.encode_prompts(context, self.class_tokens) for context in contexts])
 
-    def _score_patches(self, patches: Tensor, prompts: Tensor) -> Tensor:
+    def _score_patches(self, features: ImageFeatures, prompts: Tensor) -> Tensor:
         """Local scores (B, 1, C): one for all prompts of a class."""
-        return transport_similarity(patches, prompts, self.transport)[:, None] / len(prompts)
+        return transport_similarity(self.local_features(features), prompts, self.transport)[:, None] / len(prompts)
 
     @torch.no_grad()
     def selected_patches(self, features: ImageFeatures, class_index: Tensor) -> Tensor:

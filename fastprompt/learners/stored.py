@@ -26,7 +26,7 @@ METADATA = "fastprompt"  # safetensors keeps strings only: ours is one JSON obje
 
 
 def describe(learner: Learner) -> dict[str, Any]:
-    """What a learner is made from, beside its learned tensors: what JSON can hold."""
+    """Tell what a learner is made from, beside its learned tensors: what JSON can hold."""
     return {
         "method": learner.method,
         "class_names": list(learner.class_names),
@@ -61,6 +61,21 @@ class Description:
     options: dict[str, Any]
     patches: Patches = "value"
     weights_dir: str | None = None
+
+
+def write_learner(file: Path, learner: Learner, **more: Any) -> None:
+    """Write learned tensors as safetensors, with ``describe`` and ``more`` of ``Description`` as JSON beside them."""
+    write_tensors(file, learner.state_dict(), {METADATA: json.dumps({**describe(learner), **more})})
+
+
+def read_learner(file: Path) -> tuple[dict[str, Tensor], Description]:
+    """Read what ``write_learner`` wrote: the learned tensors on the CPU, and the description.
+
+    Raises:
+        InputError: the file is not there, damaged, or holds something else.
+    """
+    learned, metadata = read_tensors(file, "model")
+    return learned, read_description(parse_json(metadata.get(METADATA, "null"), f"model {file}"), file)
 
 
 def read_description(values: Any, file: Path) -> Description:
@@ -151,9 +166,8 @@ class HubLearner(ModelHubMixin, library_name="fastprompt", tags=["prompt-learnin
         return super().push_to_hub(repo_id, model_card_kwargs=facts, **where)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        described = describe(self)
-        write_tensors(save_directory / MODEL, self.state_dict(), {METADATA: json.dumps(described)})
-        write_file(save_directory / "config.json", json.dumps({METADATA: described}, indent=2) + "\n")
+        write_learner(save_directory / MODEL, self)
+        write_file(save_directory / "config.json", json.dumps({METADATA: describe(self)}, indent=2) + "\n")
 
     @classmethod
     def _from_pretrained(
@@ -168,8 +182,7 @@ class HubLearner(ModelHubMixin, library_name="fastprompt", tags=["prompt-learnin
         file = Path(model_id) / MODEL
         if not Path(model_id).is_dir():
             file = Path(hf_hub_download(model_id, MODEL, **where))
-        learned, metadata = read_tensors(file, "model")
-        described = read_description(parse_json(metadata.get(METADATA, "null"), f"model {file}"), file)
+        learned, described = read_learner(file)
         own = getattr(cls, "method", described.method)  # Learner itself has no method, and loads any
         if described.method != own:
             raise InputError(f"{file} holds a learner of {described.method}, not of {own}")

@@ -10,10 +10,10 @@ from fastprompt_kernels import patch_statistics
 from torch import Tensor
 
 from fastprompt.backbone import Backbone, ClassTokens, ImageFeatures
+from fastprompt.backbone.kept import Kept
 from fastprompt.errors import InputError
 from fastprompt.learners.base import OOD_KINDS, Learner, check_prompts
 from fastprompt.learners.holder import check_backbone
-from fastprompt.learners.memo import Memo
 from fastprompt.learners.templates import encode_templates
 
 
@@ -41,7 +41,7 @@ class PromptLearner(Learner):
         self.class_tokens = self.backbone.tokenize(class_names, self._suffix)
         self.class_tokens.check_distinct()
         self.backbone.check_fits(self._context_tokens, self.class_tokens)
-        self._text_memo, self._frozen_memo = Memo(), Memo()
+        self._kept = Kept()
 
     @abstractmethod
     def mean_text(self, features: ImageFeatures) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ class PromptLearner(Learner):
 
     def _frozen_text(self, sentences: object, encode: Callable[[], Tensor]) -> Tensor:
         """What ``encode`` says of these classes, kept until another source of sentences is asked for."""
-        return self._frozen_memo.get(encode, (self.backbone.device, self.backbone.dtype, sentences))
+        return self._kept.get("frozen", encode, (self.backbone.device, self.backbone.dtype, sentences))
 
     @torch.no_grad()
     def ood_score(self, features: ImageFeatures, kind: str = "gl-mcm") -> Tensor:
@@ -106,7 +106,8 @@ class TextLearner(PromptLearner):
         """``encode_text``, done once for as long as no gradient is asked for and no learned tensor changes."""
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
             return self.encode_text()
-        return self._text_memo.get(self.encode_text, (self.backbone.device, self.backbone.dtype), self.parameters())
+        read = (self.backbone.device, self.backbone.dtype, *self.parameters())
+        return self._kept.get("text", self.encode_text, read)
 
     def mean_text(self, features: ImageFeatures | None = None) -> tuple[Tensor, Tensor]:
         """See ``PromptLearner``; each (C, D), whatever the images."""

@@ -16,14 +16,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fastprompt.errors import InputError
-from fastprompt.learners.stored import restore_learned
+from fastprompt.learners.stored import MODEL, restore_learned
 from fastprompt.progress import progress_bar, say_line
 from fastprompt.sources import FeatureSource, Images, as_source
 from fastprompt.sources.features import queue_copy
 from fastprompt.training.environment import changed_arithmetic
 from fastprompt.training.interrupt import Interrupted, InterruptFlag
 from fastprompt.training.metrics import EpochMetrics, TrainingResult, peak_memory, reset_peak_memory
-from fastprompt.training.run_folder import DIVERGED, MODEL, STATE, RunFolder, epoch_metrics
+from fastprompt.training.run_folder import DIVERGED, STATE, RunFolder, epoch_metrics
 from fastprompt.training.settings import TrainingSettings
 from fastprompt.training.state import TrainingState
 
@@ -147,13 +147,13 @@ class _Training:
                 raise self.interrupted(interrupt.requested)
 
     def _train_step(self, indices: Tensor) -> None:
-        # Prompt dropout draws from the default generator of the logits' device.
-        torch.manual_seed(_derived_seed(self.settings.seed, self.epoch, self.step, LOSS))
+        generator = self._generator(LOSS, self.step, self.device)
+        torch.manual_seed(generator.initial_seed())  # for layers such as nn.Dropout, which take no generator
         features = self.source.batch(indices, self._generator(TRANSFORMS, self.step)).to(self.device)
         labels = queue_copy(self.source.labels[indices], self.device)
         scores = self.learner(features)
         self.optimizer.zero_grad()
-        self.losses[self.step] = self.learner.backward(scores, labels)
+        self.losses[self.step] = self.learner.backward(scores, labels, generator=generator)
         self.optimizer.step()
         self.correct[self.step] = (scores.logits.detach().argmax(1) == labels).sum()
 
@@ -260,8 +260,8 @@ class _Training:
     def _images_per_step(self) -> int:
         return min(self.settings.batch_size, len(self.source))
 
-    def _generator(self, purpose: int, step: int) -> torch.Generator:
-        return torch.Generator().manual_seed(_derived_seed(self.settings.seed, self.epoch, step, purpose))
+    def _generator(self, purpose: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+        return torch.Generator(device).manual_seed(_derived_seed(self.settings.seed, self.epoch, step, purpose))
 
 
 def _derived_seed(*numbers: int) -> int:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fastprompt.documents import build, check_object, check_type, parse_json, read_json, read_text
 from fastprompt.errors import InputError
-from fastprompt.files import LOCK, TEMPORARY, locked, read_tensors, write_file, write_tensors
-from fastprompt.learners.stored import METADATA, MODEL, describe
+from fastprompt.files import LOCK, TEMPORARY, locked, write_file
+from fastprompt.learners.stored import MODEL, Description, read_learner, write_learner
 from fastprompt.training.environment import environment
 from fastprompt.training.metrics import EpochMetrics
 from fastprompt.training.state import TrainingState
@@ -200,30 +200,28 @@ class RunFolder:
         return TrainingState.from_file(file) if os.path.lexists(file) else None
 
     def save_model(self, learner: Learner, weights_dir: Path | None = None) -> None:
-        """Write the learned tensors, which completes the run; the training state is not needed any more.
+        """Write the learner, which completes the run; the training state is not needed any more.
 
         Args:
-            learner: What it is made from goes into the file's metadata, one JSON object under the key "fastprompt".
+            learner: Its learned tensors, and what it is made from.
             weights_dir: Where the weights of its backbone were downloaded to, if not to open_clip's own folder.
         """
-        metadata = {**describe(learner), "weights_dir": None if weights_dir is None else str(weights_dir.resolve())}
+        where = None if weights_dir is None else str(weights_dir.resolve())
         with self._writing():
-            write_tensors(self.path / MODEL, learner.state_dict(), {METADATA: json.dumps(metadata)})
+            write_learner(self.path / MODEL, learner, weights_dir=where)
             (self.path / STATE).unlink(missing_ok=True)
 
-    def load_model(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The learned tensors on the CPU, and the metadata that `save_model` wrote.
+    def load_model(self) -> tuple[dict[str, Tensor], Description]:
+        """The learned tensors on the CPU, and what the learner is made from.
 
         Raises:
             InputError: Training has not finished, or the file is damaged.
         """
-        file = self.path / MODEL
         if not self.complete:
-            raise InputError(f"{file} must exist, but this run has not finished training: train it again to resume it")
-        tensors, metadata = read_tensors(file, "model")
-        described = parse_json(metadata.get(METADATA, "null"), f"model {file}")
-        check_object(described, f"model {file}")
-        return tensors, described
+            raise InputError(
+                f"{self.path / MODEL} must exist, but this run has not finished training: train it again to resume it"
+            )
+        return read_learner(self.path / MODEL)
 
     def _write_metrics(self, lines: list[dict[str, Any]]) -> None:
         with self._writing():

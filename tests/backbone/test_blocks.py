@@ -7,7 +7,7 @@ from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import nn
 
 from fastprompt.backbone import blocks
-from fastprompt.backbone.blocks import check_block, close_block, project, split_heads
+from fastprompt.backbone.blocks import close_block, project, read_block, split_heads
 from fastprompt.errors import InputError
 
 W, HEADS = 16, 2
@@ -102,9 +102,9 @@ def test_unknown_blocks_are_refused():
     block = make_block()
     block.mlp.gelu = nn.ReLU()
     with pytest.raises(InputError, match="expected QuickGELU or GELU in a block, got ReLU"):
-        check_block(block)
-    with pytest.raises(InputError, match="expected open_clip's ResidualAttentionBlock, got Linear"):
-        check_block(nn.Linear(2, 2))
+        read_block(block)
+    with pytest.raises(InputError, match="expected the plain ResidualAttentionBlock of a CLIP, got Linear"):
+        read_block(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("layer_scale", [None, 0.3])

@@ -47,10 +47,11 @@ def test_the_estimate_is_within_a_fifth_of_what_is_allocated(backbone, groups, w
     class_tokens = backbone.tokenize(CALTECH)
     context = 0.02 * torch.randn(groups, 4, 256)
     tokens = (groups // pieces) * (5 + sum(class_tokens.lengths))
-    budget = int(1.1 * tokens * backbone._text.size().per_token(with_gradient))
+    budget = int(1.1 * tokens * backbone._text.size.per_token(with_gradient))
     monkeypatch.setattr(backbone, "memory_budget", budget)
     with torch.set_grad_enabled(with_gradient):
-        estimate = backbone._text.plan(groups, 0, 4, class_tokens, budget)
+        empty = context[:, :0]
+        estimate = backbone._prompts.plan(context.new_empty(groups, 5, 256), empty, empty, class_tokens, budget)
 
         def run():
             leaf = context.clone().requires_grad_()
@@ -73,7 +74,7 @@ def test_a_process_grows_by_little_more_than_its_budget(backbone, pieces, monkey
     class_tokens = backbone.tokenize(CALTECH)
     groups = 32 // backbone.dtype.itemsize
     tokens = groups * (5 + sum(class_tokens.lengths))
-    budget = int(1.1 * tokens * backbone._text.size().per_token(with_gradient=True))
+    budget = int(1.1 * tokens * backbone._text.size.per_token(with_gradient=True))
     monkeypatch.setattr(backbone, "memory_budget", budget)
     context = 0.02 * torch.randn(groups * pieces, 4, 256)
 
@@ -92,9 +93,9 @@ def test_a_process_grows_by_little_more_than_its_budget(backbone, pieces, monkey
 
 def test_freed_memory_is_given_back_where_gaps_would_not_fit():
     needed = (5 + 300) * SIZE.per_token(with_gradient=True)
-    assert not plan(1, [3] * 100, int(GAPS * needed) + 1).sparing
-    assert plan(1, [3] * 100, int(GAPS * needed) - 1).sparing
-    assert plan(2, [3] * 100, int(GAPS * needed) + 1).sparing
+    assert not plan(1, [3] * 100, int(GAPS * needed) + 1).trims_memory
+    assert plan(1, [3] * 100, int(GAPS * needed) - 1).trims_memory
+    assert plan(2, [3] * 100, int(GAPS * needed) + 1).trims_memory
 
 
 def test_pieces_fit_the_budget_and_hold_every_class():
@@ -133,11 +134,13 @@ def test_bad_budgets_are_refused(budget):
         load_backbone("demo", memory_budget=budget)
 
 
-def test_the_estimate_is_logged_once(caplog):
+def test_the_estimate_is_logged_once(backbone, caplog):
+    class_tokens = backbone.tokenize(["forest", "annual crop land", "star " * 70])
     with caplog.at_level(logging.INFO):
         for _ in range(2):
-            plan(3, [2, 3, 4, 77], 10**10)
-    megabytes = 273 * SIZE.per_token(with_gradient=True) / 1e6
+            backbone.encode_prompts(torch.zeros(3, 4, 256).requires_grad_(), class_tokens)
+    tokens = 3 * (5 + sum(class_tokens.lengths))
+    megabytes = tokens * backbone._text.size.per_token(with_gradient=True) / 1e6
     assert caplog.messages == [
-        f"training on 3 contexts x 4 classes: 273 tokens, in 1 piece of about {megabytes:.0f} MB"
+        f"training on 3 contexts x 3 classes: {tokens} tokens, in 1 piece of about {megabytes:.0f} MB"
     ]

@@ -1,23 +1,21 @@
-"""Recorded passes of the text tower. There is no GPU here: the recorder notes every operator and runs it again, on the
-same memory, which is what a CUDA graph does with kernels.
+"""Recorded passes of the text tower. There is no GPU here: what stands for torch's recording notes every operator and
+runs it again, on the same memory, which is what a CUDA graph does with kernels.
 """
 
 import copy
 import gc
 import sys
 import weakref
-from functools import partial
 
 import pytest
 import torch
 from open_clip import SimpleTokenizer
+from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
-from fastprompt.backbone import replay, shared_prefix
+from fastprompt.backbone import prompt_encoder, replay
 from fastprompt.backbone.class_tokens import tokenize_class_names
-from fastprompt.backbone.text import TextTower
 from tests.models import make_backbone, make_clip
 
 aten = torch.ops.aten
@@ -62,48 +60,55 @@ def storages(tree):
     return {x.untyped_storage().data_ptr() for x in tensors(tree)}
 
 
-class Recorder:
-    """Stands for the recorder of GPUs."""
+def make_graphed(function, samples):
+    """Stands for torch.cuda.make_graphed_callables, with its memory: inputs, results and gradients have one place."""
+    with torch.enable_grad(), Noted() as forward:
+        output = function(*samples)
+    grad, learned = torch.zeros_like(output), [x for x in samples if x.requires_grad]
+    with Noted() as backward:
+        grads = torch.autograd.grad(output, learned, grad)
+    output = output.detach()
 
-    def __init__(self, device):
-        self.recorded = []
+    class Graphed(Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            for place, x in zip(samples, inputs, strict=True):
+                place.copy_(x)
+            forward.again()
+            return output.detach()
 
-    @staticmethod
-    def stream(device):
-        return 0
+        @staticmethod
+        def backward(ctx, given):
+            grad.copy_(given)
+            backward.again([(forward, output)])
+            found = iter(grads)
+            return tuple(next(found).detach() if x.requires_grad else None for x in samples)
 
-    def warm_up(self, function):
-        function()
-
-    def record(self, function):
-        with Noted() as noted:
-            result = function()
-        before = tuple(self.recorded)
-        self.recorded.append((noted, result))
-        return partial(noted.again, before), result
+    return Graphed.apply
 
 
 @pytest.fixture(scope="module")
 def plain():
     """Without replays."""
-    return make_backbone(make_clip(), cuda_graphs=False)
+    return make_backbone(make_clip())
 
 
 @pytest.fixture
 def backbone(plain, monkeypatch):
     """With replays, and a list of the passes that are not replayed."""
-    monkeypatch.setattr(replay, "Recorder", Recorder)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed)
+    monkeypatch.setattr(replay, "_can_record", lambda device: True)
     # It looks at the slots themselves, on a CPU alone.
     monkeypatch.setattr(sys.modules["fastprompt_kernels.prefix_attention"], "_check_queries", lambda *_: None)
-    backbone = make_backbone(copy.deepcopy(plain.model))
-    backbone.passes, encode = [], TextTower._encode_behind
+    backbone = make_backbone(copy.deepcopy(plain.model), cuda_graphs=True)
+    backbone.passes, encode = [], prompt_encoder.encode_shared_prefix
     passes = backbone.passes
 
-    def spy(tower, *args, **kwargs):
+    def spy(*args):
         passes.append(1)
-        return encode(tower, *args, **kwargs)
+        return encode(*args)
 
-    monkeypatch.setattr(TextTower, "_encode_behind", spy)
+    monkeypatch.setattr(prompt_encoder, "encode_shared_prefix", spy)
     return backbone
 
 
@@ -119,8 +124,7 @@ def step(backbone, seed, shape=(2, 4, 48), after=None):
 
 
 def record(backbone, **kwargs):
-    for seed in range(replay.REPEATS + 1):
-        step(backbone, seed, **kwargs)
+    step(backbone, 0, **kwargs)
     backbone.passes.clear()
 
 
@@ -137,58 +141,64 @@ def test_replays_give_the_bits_of_the_pass_itself(plain, backbone, shape, after)
         assert all(map(torch.equal, own, step(plain, seed, shape=shape, after=after)))
 
 
-def test_passes_without_gradients_and_first_ones_are_not_recorded(backbone):
-    for seed in range(replay.REPEATS):
-        step(backbone, seed)
-        with torch.no_grad():
-            backbone.encode_prompts(draw((2, 4, 48), seed).requires_grad_(), TOKENS)
-    assert len(backbone.passes) == 2 * replay.REPEATS
-    assert not backbone._text.replays._recordings
+def test_nothing_is_recorded_that_is_not_asked_for(plain, backbone):
+    step(plain, 0)
+    assert not plain._prompts.replays._recordings
+    with torch.no_grad():
+        backbone.encode_prompts(draw((2, 4, 48), 0).requires_grad_(), TOKENS)
+    assert not backbone._prompts.replays._recordings
 
 
-def test_a_pass_over_whose_memory_another_went_is_made_again(plain, backbone):
+def test_a_pass_is_made_as_it_is_while_another_waits_for_its_backward_pass(plain, backbone):
     expected = [step(plain, seed) for seed in (7, 8)]
     record(backbone)
     contexts = [draw((2, 4, 48), seed).requires_grad_() for seed in (7, 8)]
     features = [backbone.encode_prompts(context, TOKENS) for context in contexts]
+    assert len(backbone.passes) == 1
     weights = draw(features[0].shape, 99)
     for context, own, (values, gradient) in zip(contexts, features, expected, strict=True):
         assert torch.equal(own, values)
         assert torch.equal(torch.autograd.grad((own * weights).sum(), context)[0], gradient)
-    backbone.passes.clear()
-    for _ in range(9):
-        step(backbone, 7)
-    assert len(backbone.passes) == 9  # to make a pass twice in every step would cost more than replays save
+
+
+def test_a_pass_without_a_backward_pass_is_waited_for_no_longer_than_it_lives(backbone):
+    record(backbone)
+    features = backbone.encode_prompts(draw((2, 4, 48), 7).requires_grad_(), TOKENS)
+    step(backbone, 8)
+    assert len(backbone.passes) == 1
+    del features
+    step(backbone, 8)
+    assert len(backbone.passes) == 1
 
 
 def test_gradients_add_up_in_memory_of_their_own(plain, backbone):
     record(backbone)
     context = draw((2, 4, 48), 7).requires_grad_()
-    for _ in range(3):
+    expected = torch.zeros_like(context)
+    for seed in (7, 8, 9):
+        context.data.copy_(draw((2, 4, 48), seed))
         features = backbone.encode_prompts(context, TOKENS)
         (features * draw(features.shape, 99)).sum().backward()
-    torch.testing.assert_close(context.grad, 3 * step(plain, 7)[1], rtol=1e-12, atol=1e-15)
+        expected += step(plain, seed)[1]
+    torch.testing.assert_close(context.grad, expected, rtol=1e-12, atol=1e-15)
 
 
-def test_the_backward_pass_can_be_called_twice(backbone):
+def test_a_second_backward_pass_is_refused(backbone):
     record(backbone)
     context = draw((2, 4, 48), 7).requires_grad_()
     loss = (backbone.encode_prompts(context, TOKENS) * draw((2, 3, 32), 99)).sum()
-    first, second = (torch.autograd.grad(loss, context, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first, second)
+    torch.autograd.grad(loss, context, retain_graph=True)
+    for _ in range(2):  # at once, and behind the next pass
+        with pytest.raises(RuntimeError, match="expected one backward pass of each pass"):
+            torch.autograd.grad(loss, context, retain_graph=True)
+        step(backbone, 8)
 
 
-def test_a_third_kind_of_pass_waits_until_a_recording_is_idle(backbone, monkeypatch):
-    monkeypatch.setattr(replay, "IDLE", 9)
-    for shape in ((1, 4, 48), (2, 4, 48)):
-        record(backbone, shape=shape)
-    record(backbone, shape=(3, 4, 48))
-    for _ in range(5):
-        step(backbone, 0, shape=(3, 4, 48))
-        step(backbone, 0, shape=(2, 4, 48))
-    assert len(backbone.passes) < 5  # it took the place of the first kind, which served nobody
-    backbone.passes.clear()
-    step(backbone, 0, shape=(1, 4, 48))
+def test_no_more_kinds_of_passes_are_recorded_than_their_memory_may_take(backbone):
+    for groups in (1, 2, 3):
+        record(backbone, shape=(groups, 4, 48))
+    for groups in (1, 2, 3):
+        step(backbone, 0, shape=(groups, 4, 48))
     assert len(backbone.passes) == 1
 
 
@@ -199,86 +209,22 @@ def test_other_names_are_another_kind_of_pass(plain, backbone):
     assert torch.equal(got, expected)
 
 
-def test_weights_that_were_moved_are_recorded_anew(backbone):
-    record(backbone)
-    for weight in backbone.model.transformer.resblocks[1:].parameters():
-        weight.data = weight.data.clone()
-    assert torch.isfinite(step(backbone, 7)[1]).all()
-    assert len(backbone.passes) == 1
-
-
-def test_another_attention_is_another_kind_of_pass(backbone, monkeypatch):
-    """Else a benchmark of it would time the replays of ours."""
-    record(backbone)
-    with monkeypatch.context() as other:
-        called, usual = [], shared_prefix.prefix_attention
-        other.setattr(
-            shared_prefix, "prefix_attention", lambda *args, **kwargs: called.append(1) or usual(*args, **kwargs)
-        )
-        step(backbone, 7)
-        assert called and backbone.passes
-    backbone.passes.clear()
-    step(backbone, 8)
-    assert not backbone.passes
-
-
-def test_what_cannot_be_recorded_is_launched_as_before(backbone, monkeypatch, caplog):
-    monkeypatch.setattr(backbone._text.final_norm, "forward", lambda x: x * float(x.abs().max().item() > 0))
-    with caplog.at_level("WARNING"):
-        record(backbone)
-    assert "could not be recorded (aten._local_scalar_dense.default cannot be recorded)" in caplog.text
-    step(backbone, 7)
-    assert len(backbone.passes) == 1
-
-
-def test_a_replay_that_is_wrong_is_found_out(plain, backbone, monkeypatch, caplog):
-    monkeypatch.setattr(Noted, "again", lambda *_: None)
-    record(backbone)
-    assert "a replay differs from the pass itself" in caplog.text
-    assert all(map(torch.equal, step(backbone, 7), step(plain, 7)))
-
-
-def test_weights_with_gradients_are_not_replayed(backbone):
-    record(backbone)
-    scale = backbone._text.final_norm.weight.requires_grad_()
-    features = backbone.encode_prompts(draw((2, 4, 48), 7).requires_grad_(), TOKENS)
-    assert torch.autograd.grad(features.square().sum() + features.sum(), scale)[0].abs().max() > 0
-
-
-def test_constants_that_are_not_kept_are_not_recorded(backbone, monkeypatch):
-    monkeypatch.setattr(shared_prefix, "CONSTANT_BYTES", 16)
+def test_constants_that_are_not_kept_are_not_recorded(backbone):
+    backbone._prompts.kept.limit = 16
     record(backbone)
     step(backbone, 7)
     assert len(backbone.passes) == 1
-    assert not backbone._text.replays._seen
-
-
-def test_inside_of_checkpoints_passes_are_made_as_before(plain, backbone):
-    context = draw((2, 4, 48), 7).requires_grad_()
-    for _ in range(replay.REPEATS + 2):
-        features = checkpoint(lambda x: backbone.encode_prompts(x, TOKENS), context, use_reentrant=False)
-        (gradient,) = torch.autograd.grad((features * draw(features.shape, 99)).sum(), context)
-        assert torch.equal(gradient, step(plain, 7)[1])
-    assert not backbone._text.replays._recordings
-
-
-def test_what_a_recording_reads_outlives_the_cache(backbone):
-    record(backbone)
-    kept = backbone._text.constants._kept
-    constants = weakref.ref(*kept.values())
-    kept.clear()
-    gc.collect()
-    assert constants() is not None
+    assert not backbone._prompts.replays._recordings
 
 
 def test_recordings_are_gone_with_their_backbone(backbone):
     gc.disable()
     try:
-        own = make_backbone(make_clip())
+        own = make_backbone(make_clip(), cuda_graphs=True)
         own.passes = []
         record(own)
-        assert own._text.replays._recordings
-        alive = weakref.ref(own._text)
+        assert own._prompts.replays._recordings
+        alive = weakref.ref(own._prompts)
         del own
         assert alive() is None
     finally:
@@ -288,5 +234,5 @@ def test_recordings_are_gone_with_their_backbone(backbone):
 def test_copies_start_without_recordings(backbone):
     record(backbone)
     twin = copy.deepcopy(backbone)
-    assert not twin._text.replays._recordings
+    assert not twin._prompts.replays._recordings
     assert all(map(torch.equal, step(twin, 7), step(backbone, 7)))

@@ -58,6 +58,7 @@ def test_no_two_of_the_three_words_tell_the_class():
         assert all(keys.count(key) > 1 for key in keys)
 
 
+@pytest.mark.slow
 def test_write_dataset_writes_the_tree_and_repeats_itself(tmp_path):
     for name in ("first", "second"):
         scenes.write_dataset(tmp_path / name, seed=3, train=1, test=1, domain_test=1, ood=3)

@@ -61,6 +61,7 @@ def test_the_head_classifies_with_open_clip_alone(coop_run, model_folder, capsys
     assert "predicts otherwise" not in caplog.text
 
 
+@pytest.mark.slow
 def test_other_class_names_and_the_refusal_of_class_specific_contexts(coop_run, photos, common, capsys):
     image = str(next(photos.glob("test/*/*.png")))
     assert main(["predict", "run", image, "--class-names", "cat", "dog"]) == 0

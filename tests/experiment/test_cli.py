@@ -70,6 +70,7 @@ def test_a_finished_run_is_read_again_and_another_one_refused(trained, photos, c
     assert {file.name for file in (tmp_path / "run").iterdir()} == {file.name for file in files}
 
 
+@pytest.mark.slow
 def test_training_learns_and_the_second_run_takes_features_from_the_cache(photos, common, capsys):
     more = ["--epochs", "30", "--lr", "0.05"]
     assert main(["train", "coop", str(photos), *common, *more, "--out", "first"]) == 0

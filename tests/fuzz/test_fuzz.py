@@ -31,6 +31,7 @@ def world(tmp_path_factory):
     return folder / "template", home
 
 
+@pytest.mark.slow
 def test_every_command_works_while_nothing_is_spoiled(world):
     template, home = world
     for case in ALL:

@@ -7,7 +7,11 @@ import torch
 from open_clip import SimpleTokenizer
 from torch import nn
 
-from benchmarks.drop_in_peers import (
+from fastprompt import InputError
+from fastprompt.layers import GlobalLocalLoss, SharedPrefixTextEncoder, TopKLocalHead
+from fastprompt.learners import local as local_scores
+from tests.models import make_clip
+from transcriptions.drop_in import (
     OpenAIClip,
     coop_prompts,
     dense_local_logits,
@@ -16,9 +20,6 @@ from benchmarks.drop_in_peers import (
     text_encoder,
     topk_reduce,
 )
-from fastprompt import InputError
-from fastprompt.layers import GlobalLocalLoss, SharedPrefixTextEncoder, TopKLocalHead, local_head
-from tests.models import make_clip
 
 NAMES = ("cat", "red fox", "very long name of a dog", "polar bear", "a photo")
 TOKENIZER = SimpleTokenizer()
@@ -188,7 +189,7 @@ class DeepPromptBlock(nn.Module):
 def test_text_encoder_refuses_what_it_cannot_speed_up(model):
     deep = copy.deepcopy(model)
     deep.transformer.resblocks[1] = DeepPromptBlock()
-    with pytest.raises(InputError, match="plain blocks of a CLIP text tower, got DeepPromptBlock"):
+    with pytest.raises(InputError, match="expected the plain ResidualAttentionBlock of a CLIP, got DeepPromptBlock"):
         SharedPrefixTextEncoder(deep)
     open_eyed = copy.deepcopy(model)
     if isinstance(model, OpenAIClip):
@@ -202,7 +203,7 @@ def test_text_encoder_refuses_what_it_cannot_speed_up(model):
 
     other = copy.deepcopy(model)
     other.transformer.resblocks[1].mlp.gelu = nn.ReLU()
-    with pytest.raises(InputError, match="expected blocks with QuickGELU or GELU, got ReLU"):
+    with pytest.raises(InputError, match="expected QuickGELU or GELU in a block, got ReLU"):
         SharedPrefixTextEncoder(other)
     learning = SharedPrefixTextEncoder(copy.deepcopy(model).requires_grad_())
     with pytest.raises(InputError, match="frozen text transformer, got weights that require gradients"):
@@ -234,9 +235,9 @@ def local():
 @pytest.mark.parametrize("topk", [(1, 3, 20), (4,)])
 @pytest.mark.parametrize("held", [1, 2**20], ids=["image by image", "all images"])
 def test_local_head_and_loss_equal_those_of_gallop(local, topk, held, monkeypatch):
-    seen, unit = [], local_head._unit
-    monkeypatch.setattr(local_head, "BYTES_ON_CPU", held)
-    monkeypatch.setattr(local_head, "_unit", lambda some, *rest: seen.append(len(some)) or unit(some, *rest))
+    seen, unit = [], local_scores.unit_patches
+    monkeypatch.setattr(local_scores, "BYTES_ON_CPU", held)
+    monkeypatch.setattr(local_scores, "unit_patches", lambda some, *rest: seen.append(len(some)) or unit(some, *rest))
     features, projection, visual_proj, text = local
     global_logits, targets = 0.3 * torch.randn(2, 6, 4), torch.tensor([5, 2])
     head, loss = TopKLocalHead(topk), GlobalLocalLoss(topk=topk, global_dropout_p=0.5)

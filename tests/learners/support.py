@@ -5,8 +5,8 @@ import copy
 import torch
 from open_clip import SimpleTokenizer
 
-from benchmarks.peers import encode_padded
 from tests.models import make_backbone, make_clip
+from transcriptions.text import encode_padded
 
 NAMES = ("red fox", "polar bear", "cat", "very long name of a dog", "house")
 LABELS = torch.tensor([1, 0, 3])

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.peers import cocoop_context, conditional_logits, copl_context
 from fastprompt import CoOp, ImageFeatures, InputError
 from fastprompt.backbone import Backbone
 from fastprompt.learners import CoCoOp, CoPL
@@ -15,6 +14,7 @@ from fastprompt.training import TrainingSettings, fit
 from tests.learners import support
 from tests.learners.support import LABELS
 from tests.models import make_backbone, make_clip
+from transcriptions.conditional import cocoop_context, conditional_logits, copl_context
 
 NAMES = ("red fox", "polar bear", "cat", "very long name of a dog", "cat")
 LEARNED = {"context", "meta_net.linear1.weight", "meta_net.linear1.bias"} | {

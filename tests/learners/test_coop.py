@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from open_clip import SimpleTokenizer
 
-from benchmarks.peers import encode_embedded
 from fastprompt import CoOp, InputError
 from tests.models import make_backbone, make_clip
+from transcriptions.text import encode_embedded
 
 NAMES = ("red fox", "cat", "very long name of a dog", "St. Bernard")
 LABELS = torch.tensor([1, 0, 3])

@@ -9,7 +9,6 @@ import torch
 
 from fastprompt import CoOp, GalLoP, InputError, make_learner
 from fastprompt.learners import METHODS
-from fastprompt.learners.memo import Memo
 from tests.learners.support import LABELS, NAMES, float32_backbone, moved
 from tests.models import make_backbone, make_clip
 
@@ -39,40 +38,6 @@ def test_predictions_follow_weights_that_were_written_through_data(vit_backbone,
     fresh.load_state_dict(learner.state_dict())
     torch.testing.assert_close(after, fresh.predict(features), rtol=0, atol=0)
     assert not torch.allclose(after, before)
-
-
-def test_what_is_kept_is_made_anew_for_another_key_dtype_shape_or_value():
-    made, memo, tensor = [], Memo(), torch.zeros(2)
-
-    def get(key, *read):
-        return memo.get(lambda: made.append(key) or torch.tensor(float(len(made))), key, read)
-
-    assert get("a", tensor) is get("a", tensor.clone())
-    assert len(made) == 1
-    for arguments in (("b", tensor), ("b", tensor + 1), ("b", tensor.double()), ("b", torch.zeros(1)), ("b",)):
-        get(*arguments)
-    assert len(made) == 6
-    assert copy.deepcopy(memo)._kept is None
-
-
-def test_inside_of_a_capture_by_the_caller_nothing_is_compared_or_kept(monkeypatch):
-    """The host would wait for a comparison, which ends a capture; and before a replay there is nothing to keep."""
-    learned, frozen, tensor, made = Memo(), Memo(), torch.zeros(2), iter(range(10))
-
-    def get(memo, key, *read):
-        return memo.get(lambda: next(made), key, read)
-
-    def refused(*_):
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    assert (get(learned, "a", tensor), get(frozen, "a")) == (0, 1)
-    with monkeypatch.context() as capture:
-        for module, name, value in ((torch.cuda, "is_initialized", lambda: True), (torch, "equal", refused),
-                                    (torch.cuda, "is_current_stream_capturing", lambda: True)):  # fmt: skip
-            capture.setattr(module, name, value)
-        assert [get(learned, "a", tensor), get(learned, "a", tensor), get(frozen, "b")] == [2, 3, 4]
-        assert get(frozen, "a") == 1  # made of no tensor, so there is nothing to compare
-    assert (get(learned, "a", tensor), get(frozen, "a")) == (0, 1)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -11,7 +11,7 @@ from fastprompt.learners import PLOT, DuAlPT
 from fastprompt.learners.descriptions import encode_descriptions, load_descriptions
 from tests.learners import support
 from tests.learners.support import LABELS, NAMES, float32_backbone, ids
-from tests.learners.transcribed_transport import local_features, transported
+from transcriptions.transport import local_features, transported
 
 WORDS = {
     "red fox": ["It has a bushy tail.", "It is small, and its fur is red."],

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.peers import gallop_dense
 from fastprompt import CoOp, GalLoP, ImageFeatures, InputError, ZeroShot, load_backbone, make_learner
 from fastprompt.learners import METHODS, find_method
 from tests.learners import support
 from tests.learners.support import LABELS, ids
+from transcriptions.gallop import gallop_dense
 
 NAMES = ("red fox", "polar bear", "cat", "very long name of a dog", "cat")
 K = (1, 3, 7)
@@ -40,7 +40,8 @@ def dense_gallop(learner, features, drawn):
 def test_gallop_equals_its_equations(gallop, features):
     drawn = torch.tensor([[2, 2], [0, 1], [1, 0]])
     scores = gallop(features)
-    loss = gallop.loss(scores, LABELS, drawn=drawn)
+    gallop.draw_prompts = lambda images, generator: drawn
+    loss = gallop.loss(scores, LABELS)
     loss.backward()
     logits, expected, leaves = dense_gallop(gallop, features, drawn)
     expected.backward()
@@ -56,7 +57,8 @@ def test_gallop_in_float32_equals_its_equations_to_1e_5(vit_backbone, images):
     features, drawn = backbone.encode_images(images), torch.tensor([[2], [0], [1]])
     learner = support.moved(GalLoP(backbone, NAMES, global_prompts=3, k=K))
     scores = learner(features)
-    loss = learner.loss(scores, LABELS, drawn=drawn)
+    learner.draw_prompts = lambda images, generator: drawn
+    loss = learner.loss(scores, LABELS)
     loss.backward()
     logits, expected, leaves = dense_gallop(learner, features, drawn)
     expected.backward()

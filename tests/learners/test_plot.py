@@ -10,7 +10,7 @@ from fastprompt.learners.transport import Transport, transport_similarity
 from tests.kernels.support import Seen
 from tests.learners import support
 from tests.learners.support import LABELS, NAMES
-from tests.learners.transcribed_transport import local_features, transported
+from transcriptions.transport import local_features, transported
 
 
 def draw(B=5, P=7, N=3, C=6, D=16):

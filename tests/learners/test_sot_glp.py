@@ -9,7 +9,7 @@ from fastprompt import InputError, load_backbone
 from fastprompt.learners import SOTGLP
 from tests.learners import support
 from tests.learners.support import LABELS, NAMES
-from tests.learners.transcribed_transport import transported
+from transcriptions.transport import transported
 
 PATCHES, DRAWN = 5, torch.tensor([[2], [0], [1]])
 
@@ -37,7 +37,8 @@ def transcribed(learner, features):
 def test_equals_its_equations(learner, images):
     features = learner.backbone.encode_images(images)
     scores = learner(features)
-    loss = learner.loss(scores, LABELS, drawn=DRAWN)
+    learner.draw_prompts = lambda images, generator: DRAWN
+    loss = learner.loss(scores, LABELS)
     loss.backward()
     logits, expected, plan, leaves = transcribed(learner, features)
     expected.backward()
@@ -71,6 +72,7 @@ def test_selected_patches_are_those_that_are_matched(learner, images):
         assert set(chosen[image, 0].nonzero().flatten().tolist()) == set(best.tolist())
 
 
+@pytest.mark.slow
 def test_start_and_size():
     torch.manual_seed(0)
     backbone = load_backbone("ViT-B-16", "random", device="cpu")

@@ -136,6 +136,7 @@ def test_page_is_written_whole_or_not_at_all(tmp_path, report, html):
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
 
 
+@pytest.mark.slow
 def test_imports_are_cheap():
     code = (
         "import sys, fastprompt, fastprompt.evaluation\n"

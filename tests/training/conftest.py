@@ -14,7 +14,7 @@ from fastprompt.training import RunFolder, TrainingSettings, fit
 
 
 class ToyLearner(nn.Module):
-    """A linear classifier whose loss drops random inputs, as prompt dropout does: drawn from the default generator."""
+    """A linear classifier whose loss drops random inputs, as prompt dropout does."""
 
     method = "toy"
 
@@ -30,16 +30,16 @@ class ToyLearner(nn.Module):
         logits = features.pooled @ self.weight.T + self.bias
         return SimpleNamespace(logits=logits, parts={"pooled": features.pooled})
 
-    def loss(self, scores, labels):
-        keep = torch.rand(scores.parts["pooled"].shape) < 0.5
+    def loss(self, scores, labels, generator=None):
+        keep = torch.rand(scores.parts["pooled"].shape, generator=generator) < 0.5
         dropped = (scores.parts["pooled"] * keep) @ self.weight.T + self.bias
         return F.cross_entropy(dropped, labels)
 
     def prepare(self, source):
         self.prepared_on = len(source)
 
-    def backward(self, scores, labels):
-        loss = self.loss(scores, labels)
+    def backward(self, scores, labels, *, generator=None):
+        loss = self.loss(scores, labels, generator)
         loss.backward()
         return loss.detach()
 

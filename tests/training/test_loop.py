@@ -22,7 +22,7 @@ def test_loss_falls_and_predictions_are_learned(toy):
 
 def test_a_learner_is_prepared_before_the_first_step_and_makes_its_own_gradients(toy):
     class Still(toy.learner):
-        def backward(self, scores, labels):
+        def backward(self, scores, labels, *, generator=None):
             assert self.prepared_on == 44
             self.weight.grad, self.bias.grad = torch.zeros_like(self.weight), torch.ones_like(self.bias)
             return torch.tensor(7.0)
@@ -37,7 +37,7 @@ def test_a_learner_is_prepared_before_the_first_step_and_makes_its_own_gradients
 def test_steps_are_sgd_with_momentum_weight_decay_and_the_schedule(toy):
     """Three epochs of one full batch against the equations of SGD, written out."""
     learner, source = toy.learner(), toy.source(n=8)
-    learner.loss = lambda scores, labels: F.cross_entropy(scores.logits, labels)
+    learner.loss = lambda scores, labels, *_: F.cross_entropy(scores.logits, labels)
     torch.nn.init.ones_(learner.bias)
     settings = toy.settings(epochs=3, warmup_epochs=1, lr=0.5, warmup_lr=0.1, momentum=0.9, weight_decay=0.1)
     expected = {name: tensor.detach().clone().requires_grad_() for name, tensor in learner.named_parameters()}
@@ -95,7 +95,7 @@ def test_seed_decides_and_callers_generator_is_left_alone(toy):
 def test_random_numbers_of_the_loss_differ_from_step_to_step(toy):
     drawn, learner = [], toy.learner()
     plain = learner.loss
-    learner.loss = lambda scores, labels: drawn.append(torch.rand(2).tolist()) or plain(scores, labels)
+    learner.loss = lambda scores, labels, *_: drawn.append(torch.rand(2).tolist()) or plain(scores, labels)
     toy.fit(learner, toy.source(n=16), toy.settings(epochs=3))
     assert len({tuple(pair) for pair in drawn}) == 6
 
@@ -111,7 +111,7 @@ def test_transforms_get_a_generator_of_their_own(toy):
 def test_on_epoch_sees_every_epoch_and_training_mode_comes_back(toy):
     learner, seen, modes = toy.learner(), [], []
     plain = learner.loss
-    learner.loss = lambda scores, labels: modes.append(learner.training) or plain(scores, labels)
+    learner.loss = lambda scores, labels, *_: modes.append(learner.training) or plain(scores, labels)
 
     def on_epoch(metrics):
         seen.append(metrics)
@@ -127,7 +127,9 @@ def test_loss_that_is_not_finite_names_the_step(toy, tmp_path, value):
     learner, run, calls = toy.learner(), toy.run(tmp_path / "run"), []
     plain = learner.loss
     # 44 images make 5 steps of 8: call 8 is step 3 of epoch 2.
-    learner.loss = lambda scores, labels: plain(scores, labels) * (value if calls.append(0) or len(calls) == 8 else 1)
+    learner.loss = lambda scores, labels, *_: (
+        plain(scores, labels) * (value if calls.append(0) or len(calls) == 8 else 1)
+    )
     sentence = rf"the loss became {value} in step 3 of epoch 2 at learning rate 0.5: .*run keeps the state before, and "
     with pytest.raises(InputError, match=sentence + "goes on with a smaller lr than 0.5"):
         toy.fit(learner, toy.source(), toy.settings(), run=run)
@@ -138,7 +140,9 @@ def test_loss_that_is_not_finite_names_the_step(toy, tmp_path, value):
 def test_tensors_that_are_not_finite_are_never_saved(toy, tmp_path):
     learner, run = toy.learner(), toy.run(tmp_path / "run")
     learner.bias.register_hook(lambda gradient: gradient * math.nan)
-    learner.loss = lambda scores, labels: scores.logits.nan_to_num().square().mean() + learner.bias.nan_to_num().sum()
+    learner.loss = lambda scores, labels, *_: (
+        scores.logits.nan_to_num().square().mean() + learner.bias.nan_to_num().sum()
+    )
     with pytest.raises(InputError, match=r"bias is not finite any more after the last step of epoch 1 .*: try a"):
         toy.fit(learner, toy.source(), toy.settings(), run=run)
     assert not run.path.exists()

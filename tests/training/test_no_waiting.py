@@ -48,6 +48,9 @@ def training(toy, monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # knows no meta device, nor does torch.autocast
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
 
+    # It has no generators either.
+    monkeypatch.setattr(_Training, "_generator", lambda *_: torch.Generator().manual_seed(0))
+
     def make(learner, **options):
         rows = toy.source(n=8).features
         rows.pooled = torch.randn(8, backbone.embed_dim)
@@ -71,6 +74,6 @@ def test_a_step_does_not_wait(training, learner, options):
 def test_a_step_that_reads_a_number_is_noticed(training, monkeypatch):
     steps = training(CoOp)
     loss = CoOp.loss
-    monkeypatch.setattr(CoOp, "loss", lambda self, *args: loss(self, *args) * (loss(self, *args).item() > 0))
+    monkeypatch.setattr(CoOp, "loss", lambda self, *args, **_: loss(self, *args) * (loss(self, *args).item() > 0))
     with pytest.raises((RuntimeError, NotImplementedError)):
         steps._train_step(torch.arange(4))

@@ -63,6 +63,7 @@ def test_both_learn_the_same(outcome):
     assert np.abs(rounded - exact).max() < 0.05 * learned
 
 
+@pytest.mark.slow
 def test_both_predict_the_same(outcome):
     (_, exact, labels), (_, rounded, _) = outcome["fp32"], outcome["bf16"]
     accuracies = [(probabilities.argmax(1) == labels).float().mean().item() for probabilities in (exact, rounded)]

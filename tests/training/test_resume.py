@@ -245,7 +245,7 @@ def test_a_diverged_run_goes_on_from_its_last_state_with_a_smaller_lr(toy, tmp_p
 
     diverging, plain, calls = toy.learner(), toy.learner().loss, []
     plain = diverging.loss
-    diverging.loss = lambda scores, labels: (
+    diverging.loss = lambda scores, labels, *_: (
         plain(scores, labels) * (math.nan if calls.append(0) or len(calls) == 13 else 1)
     )
     with pytest.raises(InputError, match=r"step 3 of epoch 3 .*run keeps the state before"):

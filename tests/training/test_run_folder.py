@@ -1,5 +1,6 @@
 import json
 import platform
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -211,15 +212,15 @@ def test_model_holds_tensors_and_metadata_and_completes_the_run(run, toy):
         run.load_model()
     run.save_model(learner, Path("weights"))
     assert run.complete and not (run.path / "training_state.safetensors").exists()
-    tensors, metadata = run.load_model()
+    tensors, described = run.load_model()
     assert tensors.keys() == {"weight", "bias"} and torch.equal(tensors["weight"], learner.weight)
-    assert metadata == {
+    assert asdict(described) == {
         "method": "toy", "class_names": ["class 0", "class 1", "class 2", "class 3"], "backbone": "toy-tower",
-        "pretrained": None, "patches": "value", "fingerprint": "f00d", "options": {"k": [5, 10]},
+        "pretrained": None, "fingerprint": "f00d", "options": {"k": [5, 10]}, "patches": "value",
         "weights_dir": str(Path("weights").resolve()),
     }  # fmt: skip
     with safe_open(run.path / "model.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["fastprompt"]) == metadata
+        assert json.loads(file.metadata()["fastprompt"]) == asdict(described)
 
 
 def test_foreign_model_is_refused(run, toy):

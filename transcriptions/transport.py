@@ -1,10 +1,15 @@
 """Plain transcriptions of what PLOT, SOT-GLP and DuAl-PT have in common: dense tensors, the published loop."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def published_plan(cosines):
+def published_plan(cosines: Tensor) -> Tensor:
     """Plans (X, M, N) of cosines (X, M, N)."""
     with torch.no_grad():
         kernel = torch.exp(-(1 - cosines) / 0.1)
@@ -19,7 +24,7 @@ def published_plan(cosines):
         return torch.einsum("xm,xmn,xn->xmn", rows, kernel, columns)
 
 
-def transported(local, text, keep=None):
+def transported(local: Tensor, text: Tensor, keep: Tensor | None = None) -> Tensor:
     """The plans, and the scores (B, C), of patches (B, P, D) and prompts (N, C, D)."""
     cosines = torch.einsum("bpd,ncd->bpcn", local, text)
     if keep is not None:
@@ -30,5 +35,6 @@ def transported(local, text, keep=None):
     return plan, (plan * cosines).sum((2, 3))
 
 
-def local_features(learner, features):
+def local_features(learner: Any, features: Any) -> Tensor:
+    """Patch features (B, P, D) behind the projection of a CLIP of open_clip."""
     return F.normalize(features.patches @ learner.backbone.model.visual.proj, dim=-1)
