@@ -27,8 +27,8 @@ from fastprompt.data import (
     seeded_crops,
 )
 from fastprompt.errors import InputError
-from fastprompt.experiment.sources import encoder, feature_source, image_transform, plain_reader
-from fastprompt.sources import FeatureSource, ImageSource, ViewSource
+from fastprompt.experiment.sources import encode, feature_source, image_transform, plain_reader
+from fastprompt.sources import PATCHES, FeatureSource, ImageSource, Reads, ViewSource
 
 if TYPE_CHECKING:
     from fastprompt.experiment.config import TrainConfig
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 def training_source(
-    images: LabelledImages, backbone: Backbone, config: TrainConfig, *, progress: bool = True
+    images: LabelledImages, backbone: Backbone, config: TrainConfig, *, reads: Reads = PATCHES, progress: bool = True
 ) -> FeatureSource:
     """Features of the training images: with random crops and flips where ``config`` asks for them.
 
@@ -45,21 +45,21 @@ def training_source(
         images: what to train on.
         backbone: encodes them.
         config: which augmentation, and what may be kept.
+        reads: what the learner reads of an image.
         progress: whether to show bars.
 
     Raises:
         InputError: an image cannot be read.
     """
     if not config.augment:
-        return feature_source(images, backbone, config, progress=progress, what="training images")
+        return feature_source(images, backbone, config, reads=reads, progress=progress, what="training images")
     read = KeptImages(images.paths, backbone.device, config.image_memory)
     if config.views:
-        return _view_source(images, read, backbone, config, progress)
+        return _view_source(images, read, backbone, config, reads, progress)
     crops = partial(read_crops, read=read, backbone=backbone)
     plain = plain_reader(backbone)
-    return ImageSource(
-        images.paths, images.labels, read=crops, read_plain=plain, backbone=backbone, at_once=config.image_batch
-    )
+    given = {"read": crops, "read_plain": plain, "backbone": backbone, "at_once": config.image_batch}
+    return ImageSource(images.paths, images.labels, class_names=images.class_names, **given)
 
 
 class KeptImages:
@@ -129,10 +129,10 @@ def cut(images: DecodedImages, crops: RandomCrops, backbone: Backbone) -> Tensor
 
 
 def _view_source(
-    images: LabelledImages, read: KeptImages, backbone: Backbone, config: TrainConfig, progress: bool
+    images: LabelledImages, read: KeptImages, backbone: Backbone, config: TrainConfig, reads: Reads, progress: bool
 ) -> ViewSource:
     """Every view has a feature cache of its own, kept like that of images without augmentation."""
-    encode, views = encoder(backbone), []
+    views = []
     transform = image_transform(backbone).description
     for view in range(config.views):
         key = f"{backbone.fingerprint} {backbone.dtype} random-resized-crop+flip view {view} before {transform}"
@@ -140,15 +140,16 @@ def _view_source(
         crop = partial(_crop_view, view=view, backbone=backbone)
         features = cache.load(
             images.paths,
-            lambda batch, crop=crop: encode(crop(batch)),
+            lambda batch, crop=crop: encode(crop(batch), backbone),
             read,
+            reads,
             batch_size=config.image_batch,
             progress=progress,
             what=f"training images, view {view + 1} of {config.views}",
         )
         views.append(features)
-    plain = partial(feature_source, images, backbone, config, progress=progress, what="training images")
-    return ViewSource(views, images.labels, plain, backbone.fingerprint)
+    plain = partial(feature_source, images, backbone, config, reads=reads, progress=progress, what="training images")
+    return ViewSource(views, images.labels, plain, backbone.fingerprint, images.class_names)
 
 
 def _crop_view(images: DecodedImages, view: int, backbone: Backbone) -> Tensor:

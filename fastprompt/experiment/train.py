@@ -118,12 +118,13 @@ def _train_and_test(
     for row in (learner, *peers):
         for some in images.values():
             row.with_class_names(some.class_names)  # checks that they fit, before any image is encoded
+    reads = learner.reads.union(*(peer.reads for peer in peers))
+    options = {"reads": reads, "progress": progress, "what": "test images"}
     tests = {
-        part: (feature_source(some, backbone, config, progress=progress, what="test images"), some.class_names)
-        for part, some in images.items()
+        part: (feature_source(some, backbone, config, **options), some.class_names) for part, some in images.items()
     }
     if isinstance(config, TrainConfig):
-        source = training_source(train, backbone, config, progress=progress)
+        source = training_source(train, backbone, config, reads=learner.reads, progress=progress)
         fit(learner, source, config.settings(), run=run, progress=progress)
     if not run.complete:
         run.save_model(learner, config.weights_dir)
