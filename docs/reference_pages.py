@@ -20,6 +20,9 @@ VALUES = {
     "MEASURES": "Columns of tables by the name of their measure.",
     "METHODS": "Classes of learners by the name of their method.",
     "OPERATIONS": "Operations by name: the implementations of each, and why one cannot run on a device.",
+    "PATCHES": "Pooled features and those of the patches: what a learner reads of an image.",
+    "POOLED": "Pooled features alone: what a learner reads of an image.",
+    "Reads": "What is read of an image: names of the tensors of `ImageFeatures`.",
     "OOD_KINDS": "Names of out-of-distribution scores.",
 }
 

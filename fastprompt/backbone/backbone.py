@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -164,16 +163,16 @@ class Backbone(nn.Module):
                 f"features: expected those of {self.name!r} with fingerprint {self.fingerprint}, got those of another "
                 f"backbone with {features.fingerprint}"
             )
-        pooled, patches = features.pooled.shape, features.patches.shape
-        fits = len(pooled) == 2 and len(patches) == 3 and pooled[0] == patches[0]
-        if not fits or (pooled[1], patches[2]) != (self.embed_dim, self.patch_width):
+        pooled, *patches = shapes = [tuple(tensor.shape) for tensor in features.tensors.values()]
+        fits = len(pooled) == 2 and pooled[1] == self.embed_dim
+        if not fits or any(len(one) != 3 or one[::2] != (pooled[0], self.patch_width) for one in patches):
             raise InputError(
                 f"features: expected pooled (B, {self.embed_dim}) and patches (B, P, {self.patch_width}) of "
-                f"{self.name!r}, got {tuple(pooled)} and {tuple(patches)}"
+                f"{self.name!r}, got {' and '.join(map(str, shapes))}"
             )
         features = features.to(self.device)
-        if torch.is_grad_enabled() and (features.pooled.is_inference() or features.patches.is_inference()):
-            features = replace(features, pooled=features.pooled.clone(), patches=features.patches.clone())
+        if torch.is_grad_enabled() and any(tensor.is_inference() for tensor in features.tensors.values()):
+            features = features.change(Tensor.clone)
         return features
 
     def project_patches(self, patches: Tensor, learned: Tensor | None = None) -> Tensor:

@@ -1,5 +1,7 @@
 """Features of images on disk, so that a frozen image tower sees each image once."""
 
+from __future__ import annotations
+
 import hashlib
 import itertools
 import logging
@@ -7,9 +9,10 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastprompt.data.reading import default_workers
-from fastprompt.data.shards import Shard, damaged, write_shard
+from fastprompt.data.shards import CachedTensor, Shard, ShardWriter, damaged
 from fastprompt.documents import check_file, home_path
 from fastprompt.errors import InputError
 from fastprompt.files import locked, sweep
@@ -28,7 +31,7 @@ from fastprompt.progress import progress_bar, say_line
 SHARD_ROWS = 256
 """Images in a full shard: at most this many (and one batch) are encoded again after a kill."""
 
-FORMAT = "shards with checksums"  # caches of another format have other names
+FORMAT = "shards of one tensor with checksums"  # caches of another format have other names
 SAID_BYTES = 1e9  # features that take more on the disk are announced
 _log = logging.getLogger(__name__)
 
@@ -54,29 +57,25 @@ class CachedFeatures:
     """Features of n images that stay on disk until they are asked for.
 
     Attributes:
-        shards: Where they are.
-        shard: (n,) int64, the shard of each image.
-        row: (n,) int64, its row there.
+        tensors: Those that were loaded, by name.
     """
 
-    shards: Sequence[Shard]
-    shard: Tensor
-    row: Tensor
+    tensors: Mapping[str, CachedTensor]
 
     def __len__(self) -> int:
-        return len(self.row)
+        return len(next(iter(self.tensors.values())))
 
     @cached_property
     def checksum(self) -> int:
-        """CRC-32 of the rows' checksums, in order."""
-        places = zip(self.shard.tolist(), self.row.tolist(), strict=True)
-        return zlib.crc32(b"".join(self.shards[shard].checksums[row].to_bytes(4, "little") for shard, row in places))
+        """CRC-32 of the checksums of all rows, in order."""
+        return zlib.crc32(b"".join(self.tensors[name].checksum.to_bytes(4, "little") for name in sorted(self.tensors)))
 
-    def rows(self, indices: Tensor) -> dict[str, Tensor]:
+    def rows(self, indices: Tensor, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """Gather features.
 
         Args:
             indices: (B,) integers in 0 .. n-1; any order, repeats allowed.
+            names: Of the tensors to read; those that were not loaded are left out. None for all.
 
         Returns:
             Named tensors in memory with B rows each, in the order asked for.
@@ -84,24 +83,16 @@ class CachedFeatures:
         Raises:
             InputError: If a file of the cache was damaged; it is read when it is asked for, and never mapped.
         """
-        shard, row = self.shard[indices], self.row[indices]
-        out = {
-            name: torch.empty((len(row), *column.shape), dtype=column.dtype)
-            for name, column in self.shards[0].columns.items()
-        }
-        for number in shard.unique().tolist():
-            here = (shard == number).nonzero().squeeze(1)
-            for name, read in self.shards[number].rows(row[here].tolist()).items():
-                out[name][here] = read
-        return out
+        return {name: one.rows(indices) for name, one in self.tensors.items() if names is None or name in names}
 
 
 class FeatureCache:
     """A folder of feature shards; one row an image, found by the SHA-256 of the image file's content.
 
-    A shard is a safetensors file of about 256 rows, written once; its metadata lists digests and checksums of its rows.
-    There is no other index, so nothing can disagree, and a process that is killed loses only the shard that it was
-    filling. One process at a time fills a cache: others that lack images wait, and find them then.
+    A shard is a safetensors file of about 256 rows of one tensor, written once; its metadata lists digests and
+    checksums of its rows. There is no other index, so nothing can disagree, and a process that is killed loses only the
+    shards that it was filling. A tensor that an image lacks is made when it is asked for, and the others stay as they
+    are. One process at a time fills a cache: others that lack images wait, and find them then.
 
     Args:
         folder: Parent folder of all caches, for example ``default_cache_dir()``.
@@ -111,21 +102,22 @@ class FeatureCache:
 
     def __init__(self, folder: str | Path, key: str) -> None:
         self.folder = home_path(folder) / hashlib.sha256(f"{FORMAT} {key}".encode()).hexdigest()[:32]
-        self._shards: dict[str, Shard] = {}  # by file name
-        self._places: dict[str, tuple[int, int]] = {}  # digest -> shard, row
+        self._shards: dict[str, dict[str, Shard]] = defaultdict(dict)  # name of the tensor -> file name -> shard
+        self._places: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)  # name -> digest -> shard, row
 
     def load(
         self,
         paths: Sequence[Path],
         encode: Encode,
         read: Read,
+        names: Collection[str],
         *,
         batch_size: int = 32,
         workers: int | None = None,
         progress: bool = True,
         what: str = "images",
     ) -> CachedFeatures:
-        """Return the features of images, encoding those that the cache lacks; equal files are encoded once.
+        """Return features of images, encoding the images of which the cache lacks some; equal files are encoded once.
 
         Whatever ends the work early (Ctrl-C, an unreadable image), what was encoded before is kept.
 
@@ -133,6 +125,7 @@ class FeatureCache:
             paths: n image files.
             encode: Turns a batch of at most ``batch_size`` images into features; may return them on any device.
             read: Reads files for ``encode``; called from another thread, while ``encode`` works on the batch before.
+            names: Of the tensors to return; others that ``encode`` makes are dropped.
             batch_size: Images a call of ``encode``.
             workers: Threads that hash files; None for one a core, at most 8.
             progress: Whether to show bars.
@@ -148,42 +141,58 @@ class FeatureCache:
         digests = hash_files(paths, workers=workers, progress=progress)
         sweep(self.folder)
         self._open_new_shards()
-        if not self._places.keys() >= set(digests):
+        if self._lacks(digests, names):
             with locked(self.folder, wait=True):
                 self._open_new_shards()  # of a process that was waited for
-                missing = dict(zip(digests, paths, strict=True))
-                missing = {digest: path for digest, path in missing.items() if digest not in self._places}
-                _log.info("%s: %d images, %d of them to encode", self.folder, len(set(digests)), len(missing))
+                by_digest = dict(zip(digests, paths, strict=True))
+                missing = {digest: by_digest[digest] for digest in self._lacks(by_digest, names)}
+                _log.info("%s: %d images, %d of them to encode", self.folder, len(by_digest), len(missing))
                 if missing:
-                    self._encode(missing, _batches(list(missing.values()), read, batch_size), encode, progress, what)
+                    batches = _batches(list(missing.values()), read, batch_size)
+                    self._encode(missing, batches, encode, names, progress, what)
                     self._open_new_shards()
-        places = torch.tensor([self._places[digest] for digest in digests])  # (n, 2)
-        return CachedFeatures(tuple(self._shards.values()), *places.unbind(1))
+        return CachedFeatures({name: self._tensor(name, digests) for name in sorted(names)})
+
+    def _lacks(self, digests: Iterable[str], names: Collection[str]) -> list[str]:
+        """The images of which the cache lacks one of these tensors."""
+        return [digest for digest in digests if any(digest not in self._places[name] for name in names)]
+
+    def _tensor(self, name: str, digests: Sequence[str]) -> CachedTensor:
+        places = torch.tensor([self._places[name][digest] for digest in digests])  # (n, 2)
+        return CachedTensor(tuple(self._shards[name].values()), *places.unbind(1))
 
     def _encode(
-        self, missing: dict[str, Path], batches: Iterator[Images], encode: Encode, progress: bool, what: str
+        self,
+        missing: dict[str, Path],
+        batches: Iterator[Images],
+        encode: Encode,
+        names: Collection[str],
+        progress: bool,
+        what: str,
     ) -> None:
-        shard = _ShardWriter(self.folder)
-        digests = list(missing)
-        done = 0
+        writers = [ShardWriter(self.folder, name, self._places[name]) for name in sorted(names)]
+        upcoming = iter(missing.items())
         try:
-            with progress_bar(what=f"encoding {what}", shown=progress, total=len(digests), unit="image") as bar:
-                say_line(f"encoding {len(digests)} {what}", bar, shown=progress)
-                for images in batches:
+            with progress_bar(what=f"encoding {what}", shown=progress, total=len(missing), unit="image") as bar:
+                say_line(f"encoding {len(missing)} {what}", bar, shown=progress)
+                for number, images in enumerate(batches):
                     features = encode(images)
-                    if not done:
-                        self._check_space(features, len(digests), what, bar, progress)
-                    batch = digests[done : done + len(images)]
-                    _check_unchanged([missing[digest] for digest in batch], batch)
-                    shard.add(batch, features)
-                    done += len(images)
+                    if not number:
+                        needed = sum(writer.bytes_for(missing, features) for writer in writers)
+                        self._check_space(needed, len(missing), what, bar, progress)
+                    batch = dict(itertools.islice(upcoming, len(images)))
+                    _check_unchanged(batch)
+                    for writer in writers:
+                        writer.add(list(batch), features)
+                    for writer in writers:  # all have this batch now, whatever interrupts the writing
+                        writer.flush(SHARD_ROWS)
                     bar.update(len(images))
         finally:
-            shard.flush()
+            for writer in writers:
+                writer.flush()
 
-    def _check_space(self, features: dict[str, Tensor], images: int, what: str, bar: tqdm, progress: bool) -> None:
+    def _check_space(self, needed: int, images: int, what: str, bar: tqdm, progress: bool) -> None:
         """Say what the features will take on the disk if that is much, and refuse what it has no room for."""
-        needed = images * sum(tensor.nbytes // max(len(tensor), 1) for tensor in features.values())
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise InputError(
@@ -194,46 +203,18 @@ class FeatureCache:
             bar.write(f"features of {images} {what}: {needed / 1e9:.1f} GB in {self.folder}", file=sys.stderr)
 
     def _open_new_shards(self) -> None:
+        opened = {file for shards in self._shards.values() for file in shards}
         for path in sorted(self.folder.glob("*.safetensors")):
-            if path.name in self._shards:
+            if path.name in opened:
                 continue
             shard = Shard.open(path, self.folder.name)
-            for first in itertools.islice(self._shards.values(), 1):
-                kinds = [{name: column.kind for name, column in one.columns.items()} for one in (first, shard)]
-                if kinds[0] != kinds[1]:
+            others = self._shards[shard.name]
+            for first in itertools.islice(others.values(), 1):
+                if (first.dtype, first.shape) != (shard.dtype, shard.shape):
                     raise damaged(path, f"its features have other shapes or types than those of {first.path.name}")
             for row, digest in enumerate(shard.digests):
-                self._places[digest] = (len(self._shards), row)
-            self._shards[path.name] = shard
-
-
-@dataclass
-class _ShardWriter:
-    """Collects rows and writes them as shards, which are numbered."""
-
-    folder: Path
-    pending: list[tuple[list[str], dict[str, Tensor]]] = field(default_factory=list)
-
-    def add(self, digests: list[str], features: dict[str, Tensor]) -> None:
-        for name, tensor in features.items():
-            if len(tensor) != len(digests):
-                raise ValueError(f"encode: expected {len(digests)} rows of {name!r}, got {len(tensor)}")
-        self.pending.append((digests, {name: tensor.detach().cpu() for name, tensor in features.items()}))
-        if sum(len(rows) for rows, _ in self.pending) >= SHARD_ROWS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what is pending."""
-        if not self.pending:
-            return
-        digests = [digest for rows, _ in self.pending for digest in rows]
-        tensors = {name: torch.cat([features[name] for _, features in self.pending]) for name in self.pending[0][1]}
-        path = next(path for path in map(self._path, itertools.count()) if not path.exists())
-        write_shard(path, self.folder.name, digests, tensors)
-        self.pending = []
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{number:06}.safetensors"
+                self._places[shard.name][digest] = (len(others), row)
+            others[path.name] = shard
 
 
 def hash_files(
@@ -273,10 +254,10 @@ def _hash_content(path: Path, *state: int) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _check_unchanged(paths: Sequence[Path], digests: Sequence[str]) -> None:
-    """Raise ``InputError`` where a file that was hashed is another one now that it was read."""
-    for path, before, now in zip(paths, digests, hash_files(paths, progress=False), strict=True):
-        if before != now:
+def _check_unchanged(files: Mapping[str, Path]) -> None:
+    """Raise ``InputError`` where a file of this digest is another one now that it was read."""
+    for (digest, path), now in zip(files.items(), hash_files(list(files.values()), progress=False), strict=True):
+        if digest != now:
             raise InputError(f"image {path}: expected a file that stays as it is, got one that changed when read")
 
 

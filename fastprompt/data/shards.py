@@ -1,11 +1,13 @@
-"""Files of cached features: named tensors with one row an image, each row with a checksum."""
+"""Files of cached features: a tensor each, with one row an image, each row with a checksum."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -29,41 +31,27 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Column:
-    """Where a tensor of a shard stands.
-
-    Attributes:
-        dtype: Of its elements.
-        shape: Of one row.
-        start: Offset of its first row in the file, in bytes.
-    """
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-
-    @property
-    def kind(self) -> tuple[torch.dtype, tuple[int, ...]]:
-        """What the columns of one name have in common in all shards of a cache."""
-        return self.dtype, self.shape
-
-
-@dataclass(frozen=True)
 class Shard:
-    """A file of features that is read row by row, and never mapped: a file that was cut short is an error, not a crash.
+    """A file of rows of one tensor, read row by row and never mapped: one that was cut short is an error, not a crash.
 
     Attributes:
         path: The file.
+        name: Of the tensor.
+        dtype: Of its elements.
+        shape: Of one row.
+        start: Offset of its first row in the file, in bytes.
         digests: SHA-256 of the image file of each row.
-        checksums: CRC-32 of each row: of its digest, and of name, type, shape and bytes of every tensor.
-        columns: The tensors.
+        checksums: CRC-32 of each row: of its digest, of name, type and shape of the tensor, and of its bytes.
         checked: Rows whose checksum was compared.
     """
 
     path: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
     digests: Sequence[str]
     checksums: Sequence[int]
-    columns: Mapping[str, Column]
     checked: set[int] = field(default_factory=set)
 
     @classmethod
@@ -85,40 +73,35 @@ class Shard:
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size))
             header.pop("__metadata__")
-            columns = {
-                name: Column(DTYPES[entry["dtype"]], tuple(entry["shape"][1:]), 8 + size + entry["data_offsets"][0])
-                for name, entry in header.items()
-            }
+            ((name, entry),) = header.items()
+            (rows, *shape), start = entry["shape"], 8 + size + entry["data_offsets"][0]
+            dtype = DTYPES[entry["dtype"]]
             digests, checksums = metadata[_ROWS].split(), [int(one, 16) for one in metadata[_CHECKSUMS].split()]
-            whole = {len(checksums), *(entry["shape"][0] for entry in header.values())} == {len(digests)}
-        except (safetensors.SafetensorError, OSError, KeyError, ValueError, IndexError) as error:
+        except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
             raise damaged(path, str(error)) from error
-        if not whole or not columns:
+        if not rows == len(digests) == len(checksums):
             raise damaged(path, "it does not list one image a row")
         if metadata.get(_CACHE) != cache:
             raise damaged(path, "it belongs to another cache")
-        return cls(path, digests, checksums, columns)
+        return cls(path, name, dtype, tuple(shape), start, digests, checksums)
 
-    def rows(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+    def rows(self, numbers: Sequence[int]) -> Tensor:
         """Read rows into memory, in the order asked for; each is compared with its checksum when it is first read.
 
         Raises:
             InputError: The file was damaged or cut short.
         """
-        out = {name: torch.empty((len(numbers), *of.shape), dtype=of.dtype) for name, of in self.columns.items()}
+        out = torch.empty((len(numbers), *self.shape), dtype=self.dtype)
         try:
             with self.path.open("rb", buffering=0) as file:
-                for name, column in self.columns.items():
-                    for number, target in zip(numbers, _bytes_of_rows(out[name]), strict=True):
-                        file.seek(column.start + number * len(target))
-                        if file.readinto(target) != len(target):
-                            raise damaged(self.path, "it was cut short")
+                for number, target in zip(numbers, _bytes_of_rows(out), strict=True):
+                    file.seek(self.start + number * len(target))
+                    if file.readinto(target) != len(target):
+                        raise damaged(self.path, "it was cut short")
         except OSError as error:
             raise damaged(self.path, error.strerror) from error
         fresh = [place for place, number in enumerate(numbers) if number not in self.checked]
-        sums = checksums_of(
-            {name: tensor[fresh] for name, tensor in out.items()}, [self.digests[numbers[i]] for i in fresh]
-        )
+        sums = checksums_of(self.name, out[fresh], [self.digests[numbers[place]] for place in fresh])
         for place, found in zip(fresh, sums, strict=True):
             if found != self.checksums[numbers[place]]:
                 raise damaged(self.path, f"row {numbers[place]} does not have its checksum")
@@ -126,30 +109,104 @@ class Shard:
         return out
 
 
-def write_shard(path: Path, cache: str, digests: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+@dataclass(frozen=True)
+class CachedTensor:
+    """A tensor with a row for each of n images, which stay on disk until they are asked for.
+
+    Attributes:
+        shards: Where they are.
+        shard: (n,) int64, the shard of each image.
+        row: (n,) int64, its row there.
+    """
+
+    shards: Sequence[Shard]
+    shard: Tensor
+    row: Tensor
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @cached_property
+    def checksum(self) -> int:
+        """CRC-32 of the checksums of the rows, in order."""
+        places = zip(self.shard.tolist(), self.row.tolist(), strict=True)
+        return zlib.crc32(b"".join(self.shards[shard].checksums[row].to_bytes(4, "little") for shard, row in places))
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """The rows at ``indices`` in memory, in the order asked for."""
+        shard, row = self.shard[indices], self.row[indices]
+        out = torch.empty((len(row), *self.shards[0].shape), dtype=self.shards[0].dtype)
+        for number in shard.unique().tolist():
+            here = (shard == number).nonzero().squeeze(1)
+            out[here] = self.shards[number].rows(row[here].tolist())
+        return out
+
+
+@dataclass
+class ShardWriter:
+    """Collects rows of one tensor that the cache lacks, and writes them as shards, which are numbered.
+
+    Attributes:
+        folder: Of the cache.
+        name: Of the tensor.
+        known: Digests of the images whose rows the cache has.
+        digests: Of the rows that are pending.
+        pending: These rows.
+    """
+
+    folder: Path
+    name: str
+    known: Collection[str]
+    digests: list[str] = field(default_factory=list)
+    pending: list[Tensor] = field(default_factory=list)
+
+    def bytes_for(self, digests: Iterable[str], features: Mapping[str, Tensor]) -> int:
+        """What the rows of these images will take, after those of the first batch."""
+        return sum(digest not in self.known for digest in digests) * features[self.name][:1].nbytes
+
+    def add(self, digests: Sequence[str], features: Mapping[str, Tensor]) -> None:
+        """Take the rows of these images, as far as the cache lacks them."""
+        tensor = features[self.name]
+        if len(tensor) != len(digests):
+            raise ValueError(f"encode: expected {len(digests)} rows of {self.name!r}, got {len(tensor)}")
+        lacking = [row for row, digest in enumerate(digests) if digest not in self.known]
+        self.digests += [digests[row] for row in lacking]
+        self.pending.append(tensor.detach()[lacking].cpu())
+
+    def flush(self, rows: int = 1) -> None:
+        """Write what is pending, if it is at least so many rows."""
+        if len(self.digests) < rows:
+            return
+        path = next(path for path in map(self._path, itertools.count()) if not path.exists())
+        write_shard(path, self.folder.name, self.digests, self.name, torch.cat(self.pending))
+        self.digests, self.pending = [], []
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{self.name}-{number:06}.safetensors"
+
+
+def write_shard(path: Path, cache: str, digests: Sequence[str], name: str, tensor: Tensor) -> None:
     """Write n rows.
 
     Args:
         path: The file.
         cache: Name of the cache that it belongs to.
         digests: Of the n images.
-        tensors: Named tensors on the CPU with n rows each.
+        name: Of the tensor.
+        tensor: n rows on the CPU.
 
     Raises:
         InputError: The file cannot be written.
     """
-    checksums = (f"{checksum:08x}" for checksum in checksums_of(tensors, digests))
-    write_tensors(path, tensors, {_CACHE: cache, _ROWS: " ".join(digests), _CHECKSUMS: " ".join(checksums)})
+    checksums = (f"{checksum:08x}" for checksum in checksums_of(name, tensor, digests))
+    write_tensors(path, {name: tensor}, {_CACHE: cache, _ROWS: " ".join(digests), _CHECKSUMS: " ".join(checksums)})
 
 
-def checksums_of(tensors: Mapping[str, Tensor], digests: Sequence[str]) -> list[int]:
-    """The checksum of each row, in whatever order the tensors stand."""
-    sums = [zlib.crc32(digest.encode()) for digest in digests]
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        kind = f"{name} {tensor.dtype} {tuple(tensor.shape[1:])}".encode()
-        sums = [zlib.crc32(row, zlib.crc32(kind, one)) for one, row in zip(sums, _bytes_of_rows(tensor), strict=True)]
-    return sums
+def checksums_of(name: str, tensor: Tensor, digests: Sequence[str]) -> list[int]:
+    """The checksum of each row."""
+    kind = f"{name} {tensor.dtype} {tuple(tensor.shape[1:])}"
+    seeds = (zlib.crc32(f"{digest}{kind}".encode()) for digest in digests)
+    return [zlib.crc32(row, seed) for row, seed in zip(_bytes_of_rows(tensor), seeds, strict=True)]
 
 
 def damaged(path: Path, why: str) -> InputError:

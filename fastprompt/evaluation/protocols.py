@@ -12,7 +12,8 @@ from fastprompt.errors import InputError
 from fastprompt.evaluation import metrics
 from fastprompt.evaluation.summary import Summary
 from fastprompt.progress import progress_bar
-from fastprompt.sources import FeatureSource, ImageFeatures, Images, as_source
+from fastprompt.sources import FeatureSource, ImageFeatures, Images, Reads, as_source
+from fastprompt.sources.source import check_labels
 
 if TYPE_CHECKING:
     from fastprompt.learners import Learner
@@ -116,7 +117,7 @@ def predict_all(learner: "Learner", source: Images, *, batch_size: int = 256, pr
     source = as_source(source, learner, what="test images", progress=progress)
     classes, confidences = [], []
     with _inference(learner):
-        for features in _batches(learner, source, batch_size, "predict" if progress else None):
+        for features in _batches(learner, source, learner.reads, batch_size, "predict" if progress else None):
             confidence, predicted = learner.predict(features).float().max(dim=-1)
             classes.append(predicted.cpu())
             confidences.append(confidence.cpu())
@@ -137,11 +138,8 @@ def evaluate_accuracy(learner: "Learner", source: Images, *, batch_size: int = 2
         InputError: a label has no class name, the source is empty, or the batch size is not positive.
     """
     source = as_source(source, learner, what="test images", progress=progress)
+    check_labels(source, learner.class_names, "test images")
     labels = source.labels.cpu()
-    class_count = len(learner.class_names)
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < class_count:
-        seen = f"{int(labels.min())} to {int(labels.max())}"
-        raise InputError(f"source.labels must be 0 to {class_count - 1}, one for each class name, got {seen}.")
     predictions = predict_all(learner, source, batch_size=batch_size, progress=progress)
     correct = predictions.classes == labels
     return Accuracy(
@@ -201,9 +199,10 @@ def ood_detection(
     """
 
     def scores(source: Images, title: str) -> Tensor:
-        source = as_source(source, learner, what=f"{title} images", progress=progress)
+        reads = learner.ood_reads(kind)
+        source = as_source(source, learner, what=f"{title} images", progress=progress, reads=reads)
         with _inference(learner):
-            batches = _batches(learner, source, batch_size, title if progress else None)
+            batches = _batches(learner, source, reads, batch_size, title if progress else None)
             return torch.cat([learner.ood_score(features, kind=kind).cpu() for features in batches])
 
     in_scores, out_scores = scores(in_source, "in-distribution"), scores(out_source, "out-of-distribution")
@@ -223,7 +222,9 @@ def _inference(learner: "Learner") -> Iterator[None]:
         learner.train(training)
 
 
-def _batches(learner: "Learner", source: FeatureSource, batch_size: int, title: str | None) -> Iterator[ImageFeatures]:
+def _batches(
+    learner: "Learner", source: FeatureSource, reads: Reads, batch_size: int, title: str | None
+) -> Iterator[ImageFeatures]:
     """The images in order, on the backbone's device; a bar with the title, or none."""
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}.")
@@ -232,4 +233,4 @@ def _batches(learner: "Learner", source: FeatureSource, batch_size: int, title: 
     device = next(learner.backbone.parameters()).device
     indices = torch.arange(len(source)).split(batch_size)
     for batch in progress_bar(indices, what=title or "", shown=title is not None, unit="batch", leave=False):
-        yield source.batch(batch).to(device)
+        yield source.batch(batch, reads=reads).to(device)

@@ -26,16 +26,15 @@ from fastprompt.data import (
     seeded_crops,
 )
 from fastprompt.errors import InputError
-from fastprompt.experiment.config import FeatureConfig
 from fastprompt.experiment.configure import Experiment
-from fastprompt.experiment.sources import encoder, feature_source, image_transform, plain_reader
-from fastprompt.sources import FeatureSource, ImageSource, ViewSource
+from fastprompt.experiment.sources import encode, feature_source, image_transform, plain_reader
+from fastprompt.sources import PATCHES, FeatureSource, ImageSource, Reads, ViewSource
 
 log = logging.getLogger(__name__)
 
 
 def training_source(
-    images: LabelledImages, backbone: Backbone, config: Experiment, *, progress: bool = True
+    images: LabelledImages, backbone: Backbone, config: Experiment, *, reads: Reads = PATCHES, progress: bool = True
 ) -> FeatureSource:
     """Features of the training images: with random crops and flips where ``config`` asks for them.
 
@@ -43,22 +42,22 @@ def training_source(
         images: what to train on.
         backbone: encodes them.
         config: of a method that learns: which augmentation, and what may be kept.
+        reads: what the learner reads of an image.
         progress: whether to show bars.
 
     Raises:
         InputError: an image cannot be read.
     """
-    asked, features = config.training, config.features
+    asked, kept = config.training, config.features
     if not asked.augment:
-        return feature_source(images, backbone, features, progress=progress, what="training images")
+        return feature_source(images, backbone, kept, reads=reads, progress=progress, what="training images")
     read = KeptImages(images.paths, backbone.device, config.runtime.image_memory)
     if asked.views:
-        return _view_source(images, read, backbone, asked.views, features, progress)
+        return _view_source(images, read, backbone, config, reads, progress)
     crops = partial(read_crops, read=read, backbone=backbone)
     plain = plain_reader(backbone)
-    return ImageSource(
-        images.paths, images.labels, read=crops, read_plain=plain, backbone=backbone, at_once=features.image_batch
-    )
+    given = {"read": crops, "read_plain": plain, "backbone": backbone, "at_once": kept.image_batch}
+    return ImageSource(images.paths, images.labels, class_names=images.class_names, **given)
 
 
 class KeptImages:
@@ -128,10 +127,10 @@ def cut(images: DecodedImages, crops: RandomCrops, backbone: Backbone) -> Tensor
 
 
 def _view_source(
-    images: LabelledImages, read: KeptImages, backbone: Backbone, count: int, kept: FeatureConfig, progress: bool
+    images: LabelledImages, read: KeptImages, backbone: Backbone, config: Experiment, reads: Reads, progress: bool
 ) -> ViewSource:
     """Every view has a feature cache of its own, kept like that of images without augmentation."""
-    encode, views = encoder(backbone), []
+    views, count, kept = [], config.training.views, config.features
     transform = image_transform(backbone).description
     for view in range(count):
         key = f"{backbone.fingerprint} {backbone.dtype} random-resized-crop+flip view {view} before {transform}"
@@ -139,15 +138,16 @@ def _view_source(
         crop = partial(_crop_view, view=view, backbone=backbone)
         features = cache.load(
             images.paths,
-            lambda batch, crop=crop: encode(crop(batch)),
+            lambda batch, crop=crop: encode(crop(batch), backbone),
             read,
+            reads,
             batch_size=kept.image_batch,
             progress=progress,
             what=f"training images, view {view + 1} of {count}",
         )
         views.append(features)
-    plain = partial(feature_source, images, backbone, kept, progress=progress, what="training images")
-    return ViewSource(views, images.labels, plain, backbone.fingerprint)
+    plain = partial(feature_source, images, backbone, kept, reads=reads, progress=progress, what="training images")
+    return ViewSource(views, images.labels, plain, backbone.fingerprint, images.class_names)
 
 
 def _crop_view(images: DecodedImages, view: int, backbone: Backbone) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastprompt.data import load_dataset, select_classes
 from fastprompt.errors import InputError
 from fastprompt.evaluation import Row, evaluate_accuracy, ood_detection
@@ -27,12 +29,12 @@ def evaluate_run(config: EvaluateConfig, *, progress: bool = True) -> Table:
     learner = load_run(config.run, device=config.device).with_class_names(images.class_names)
     zero_shot = ZeroShot(learner.backbone, images.class_names, template=settings.template)
 
-    source = feature_source(images, learner.backbone, config.features, progress=progress, what=f"{config.split} images")
-    outside = (
-        None
-        if unknown is None
-        else feature_source(unknown, learner.backbone, config.features, progress=progress, what="images of no class")
-    )
+    reads = learner.reads | zero_shot.reads
+    if unknown is not None:
+        reads |= learner.ood_reads(config.ood_kind) | zero_shot.ood_reads(config.ood_kind)
+    encoded = partial(feature_source, backbone=learner.backbone, config=config.features, reads=reads, progress=progress)
+    source = encoded(images, what=f"{config.split} images")
+    outside = None if unknown is None else encoded(unknown, what="images of no class")
     measures = ["accuracy", "mean_per_class", "calibration_error"]
     if outside is not None:
         measures += ["fpr95" if config.fpr_rule == "standard" else f"fpr95_{config.fpr_rule}", "auroc"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from fastprompt.data import (
 )
 from fastprompt.errors import InputError
 from fastprompt.experiment.config import BackboneConfig, FeatureConfig, PlaceConfig
-from fastprompt.sources import CachedSource, FeatureSource, ImageFeatures, ImageSource, ReadImages
+from fastprompt.sources import PATCHES, CachedSource, FeatureSource, ImageFeatures, ImageSource, ReadImages, Reads
 
 
 def image_transform(backbone: Backbone) -> ImageTransform:
@@ -57,14 +57,9 @@ def images_in(folder: Path, *, recursive: bool = False) -> tuple[Path, ...]:
     return paths
 
 
-def encoder(backbone: Backbone) -> Callable[[Tensor], dict[str, Tensor]]:
-    """Turns images (B, 3, S, S) into the named rows of a feature cache."""
-
-    def encode(batch: Tensor) -> dict[str, Tensor]:
-        features = backbone.encode_images(batch)
-        return {"pooled": features.pooled, "patches": features.patches}
-
-    return encode
+def encode(images: Tensor, backbone: Backbone) -> dict[str, Tensor]:
+    """The named rows of a feature cache for images (B, 3, S, S)."""
+    return backbone.encode_images(images).tensors
 
 
 def plain_reader(backbone: Backbone) -> ReadImages:
@@ -82,6 +77,7 @@ def feature_source(
     backbone: Backbone,
     config: FeatureConfig | None = None,
     *,
+    reads: Reads = PATCHES,
     progress: bool = True,
     what: str = "images",
 ) -> FeatureSource:
@@ -91,20 +87,22 @@ def feature_source(
         images: what to encode.
         backbone: encodes them.
         config: whether and where features are kept; in the default cache by default.
+        reads: what the cache must hold of every image; what the learners read is enough.
         progress: whether to show bars.
         what: what the images are, for the bar: "test images", for instance.
     """
     config = config or FeatureConfig()
     if not config.cache:
         read = plain_reader(backbone)
-        return ImageSource(images.paths, images.labels, read=read, backbone=backbone, at_once=config.image_batch)
+        given = {"read": read, "backbone": backbone, "at_once": config.image_batch, "class_names": images.class_names}
+        return ImageSource(images.paths, images.labels, **given)
     transform = image_transform(backbone)
     read = partial(read_batch, transform=transform)
     key = f"{backbone.fingerprint} {backbone.dtype} {transform.description}"
     cache = FeatureCache(config.cache_dir or default_cache_dir(), key)
     options = {"batch_size": config.image_batch, "progress": progress, "what": what}
-    rows = cache.load(images.paths, encoder(backbone), read, **options)
-    return CachedSource(rows, images.labels, backbone.fingerprint)
+    rows = cache.load(images.paths, partial(encode, backbone=backbone), read, reads, **options)
+    return CachedSource(rows, images.labels, backbone.fingerprint, images.class_names)
 
 
 def split_of(dataset: Dataset, split: str) -> LabelledImages:

@@ -105,12 +105,14 @@ def _train_and_test(
     for row in (learner, *peers):
         for some in images.values():
             row.with_class_names(some.class_names)  # checks that they fit, before any image is encoded
+    reads = learner.reads.union(*(peer.reads for peer in peers))
+    options = {"reads": reads, "progress": progress, "what": "test images"}
     tests = {
-        part: (feature_source(some, backbone, config.features, progress=progress, what="test images"), some.class_names)
+        part: (feature_source(some, backbone, config.features, **options), some.class_names)
         for part, some in images.items()
     }
     if config.training is not None:
-        source = training_source(train, backbone, config, progress=progress)
+        source = training_source(train, backbone, config, reads=learner.reads, progress=progress)
         fit(learner, source, config.settings(), run=run, progress=progress)
     if not run.complete:
         run.save_model(learner, config.runtime.weights_dir)

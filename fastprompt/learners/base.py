@@ -22,14 +22,12 @@ from fastprompt.learners.local import unit_patches
 from fastprompt.learners.loss import class_cross_entropy
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.stored import HubLearner
-from fastprompt.sources import FeatureSource
+from fastprompt.sources import PATCHES, POOLED, FeatureSource
 
 METHODS: dict[str, type[Learner]] = {}  # every method by its name, entered when its class is made
 
 MOST_PROMPTS = 10_000
 OOD_KINDS = ("mcm", "l-mcm", "gl-mcm")
-POOLED = frozenset({"pooled"})
-PATCHES = frozenset({"pooled", "patches"})
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from fastprompt.backbone import ImageFeatures
-from fastprompt.learners.base import POOLED
 from fastprompt.learners.conditional import META_NET, ImageConditional
 from fastprompt.learners.recipe import Recipe
+from fastprompt.sources import POOLED
 
 
 class CoCoOp(ImageConditional):

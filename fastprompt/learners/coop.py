@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from fastprompt.backbone import Backbone, ImageFeatures
 from fastprompt.backbone.class_tokens import check_class_names
 from fastprompt.errors import InputError
-from fastprompt.learners.base import POOLED, Scores, check_axes
+from fastprompt.learners.base import Scores, check_axes
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.text import TextLearner, initial_context
+from fastprompt.sources import POOLED
 
 EPOCHS = {1: 50, 2: 100, 4: 100, 8: 200, 16: 200}
 POSITIONS = ("end", "middle", "front")

@@ -76,7 +76,7 @@ class DualView(CoOp):
         """Take the mean pooled feature of every class, (C, D); that of a class without an image is 0."""
         sums = torch.zeros(len(self.class_names), self.backbone.embed_dim, device=self.backbone.device)
         counts = torch.zeros(len(self.class_names), 1, device=self.backbone.device)
-        for features, labels in source.plain_batches():
+        for features, labels in source.plain_batches(self.reads):
             member = F.one_hot(labels.to(sums.device), len(sums)).T.to(sums)  # (C, b); a product, to sum in one order
             sums += member @ features.pooled.to(sums)
             counts += member.sum(dim=1, keepdim=True)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fastprompt.backbone import Backbone, ImageFeatures
 from fastprompt.errors import InputError
-from fastprompt.learners.base import PATCHES, Scores, check_weight
+from fastprompt.learners.base import Scores, check_weight
 from fastprompt.learners.coop import CoOp
 from fastprompt.learners.recipe import Recipe
+from fastprompt.sources import PATCHES
 
 
 class LoCoOp(CoOp):

@@ -8,11 +8,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from fastprompt.backbone import Backbone, ImageFeatures
-from fastprompt.learners.base import POOLED, Scores
+from fastprompt.learners.base import Scores
 from fastprompt.learners.holder import check_backbone
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.templates import DEFAULT_TEMPLATE, TEMPLATES, split_template
 from fastprompt.learners.text import TextLearner
+from fastprompt.sources import POOLED
 
 CODE = "CoOp's code, trainers/zsclip.py"
 GL_MCM = "GL-MCM's code: CLIP's sentence without the full stop, with which OOD scores differ by 2e-3 to 3e-3"

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
 from fastprompt.errors import InputError
 from fastprompt.progress import progress_bar, say_line
-from fastprompt.sources.features import ImageFeatures, join_features
+from fastprompt.sources.features import ImageFeatures, Reads, join_features
 from fastprompt.sources.source import CachedSource, FeatureSource, ImageEncoder, class_indices
 
 IMAGES_AT_ONCE = 32  # of a data set; a loader has a batch size of its own
@@ -23,9 +23,12 @@ class Reader(Protocol):
     """What `as_source` needs of a learner."""
 
     backbone: ImageEncoder
+    reads: Reads
 
 
-def as_source(images: Images, learner: Reader, *, what: str = "images", progress: bool = True) -> FeatureSource:
+def as_source(
+    images: Images, learner: Reader, *, what: str = "images", progress: bool = True, reads: Reads | None = None
+) -> FeatureSource:
     """Make a source of labelled images, which is what training and tests read; features are computed once and kept.
 
     Args:
@@ -33,9 +36,10 @@ def as_source(images: Images, learner: Reader, *, what: str = "images", progress
             ``DataLoader`` of (image, label) with images (3, S, S), as ``image_transform`` makes them. Those are read
             once, in the order of the data set: a random transform gives every image one view for good, and shuffling
             is left to ``fit``, which draws the order from its seed. Their features stay in memory.
-        learner: its backbone encodes the images.
+        learner: its backbone encodes the images, of which is kept what it reads.
         what: what the images are, for the bar: "training images", for instance.
         progress: whether to show a bar.
+        reads: what is kept of images that are encoded here; what the learner's ``forward`` reads by default.
 
     Raises:
         InputError: something else, no image, or images or labels that are not as above.
@@ -45,7 +49,7 @@ def as_source(images: Images, learner: Reader, *, what: str = "images", progress
     if isinstance(images, tuple | list) and len(images) == 2 and isinstance(images[0], ImageFeatures):
         return CachedSource(*images)
     if isinstance(images, Dataset | DataLoader):
-        return _encoded(_in_order(images), learner, what, progress)
+        return _encoded(_in_order(images), learner, learner.reads if reads is None else reads, what, progress)
     raise InputError(
         f"{what}: expected feature_source(images, backbone), (ImageFeatures, labels), or a torch Dataset or DataLoader "
         f"of (image, label), got {_kind(images)}"
@@ -62,11 +66,10 @@ def _in_order(images: Dataset | DataLoader) -> DataLoader:
     return DataLoader(images.dataset, **options)
 
 
-def _encoded(loader: DataLoader, learner: Reader, what: str, progress: bool) -> CachedSource:
+def _encoded(loader: DataLoader, learner: Reader, reads: Reads, what: str, progress: bool) -> CachedSource:
     features, labels = [], []
     for pixels, of_pixels in _batches(loader, what, progress):
-        encoded = learner.backbone.encode_images(pixels)
-        features.append(encoded.to("cpu"))
+        features.append(learner.backbone.encode_images(pixels).keep(reads).to("cpu"))
         labels.append(of_pixels)
     if not features:
         raise InputError(f"{what}: expected at least one image, got an empty {_kind(loader.dataset)}")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from fastprompt.errors import InputError
-from fastprompt.sources.features import ImageFeatures, join_features
+from fastprompt.sources.features import PATCHES, ImageFeatures, Reads, join_features
 
 PLAIN_BATCH = 256  # cached images that are read at once
 
@@ -22,19 +23,27 @@ class FeatureSource(Protocol):
 
     Attributes:
         labels: (n,) int64, an index into the learner's class names for every image.
+        class_names: what the labels mean; None where that is not known.
         origin: what the last bits of the features depend on, beside images and backbone; a resumed run compares it.
     """
 
     labels: Tensor
+    class_names: tuple[str, ...] | None
     origin: str
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> ImageFeatures:
-        """Features of the images at `indices` (b,), in that order; `generator` makes random transforms repeatable."""
+    def batch(self, indices: Tensor, generator: Generator | None = None, reads: Reads = PATCHES) -> ImageFeatures:
+        """Features of the images at `indices` (b,), in that order.
+
+        Args:
+            indices: (b,).
+            generator: Makes random transforms repeatable.
+            reads: Names of the features that are asked for: others are not loaded, nor those that the source lacks.
+        """
         ...
 
-    def plain_batches(self) -> Iterator[tuple[ImageFeatures, Tensor]]:
+    def plain_batches(self, reads: Reads = PATCHES) -> Iterator[tuple[ImageFeatures, Tensor]]:
         """Features and labels of all images once, in order and without random transforms."""
         ...
 
@@ -44,8 +53,8 @@ class FeatureRows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def rows(self, indices: Tensor) -> Mapping[str, Tensor]:
-        """The rows at `indices` of every tensor, in that order; "pooled" (b, D) and "patches" (b, P, W) among them."""
+    def rows(self, indices: Tensor, names: Reads) -> Mapping[str, Tensor]:
+        """The rows at `indices` of the tensors among `names` that there are: "pooled" (b, D), "patches" (b, P, W)."""
         ...
 
 
@@ -60,7 +69,7 @@ class ImageEncoder(Protocol):
 class ReadImages(Protocol):
     """What `ImageSource` reads files with."""
 
-    def __call__(self, paths: Sequence[Path], *, generator: torch.Generator | None) -> Tensor:
+    def __call__(self, paths: Sequence[Path], *, generator: Generator | None) -> Tensor:
         """Transformed images (b, 3, S, S); a random transform draws from `generator` alone."""
         ...
 
@@ -77,6 +86,22 @@ def class_indices(labels: Sequence[int] | Tensor) -> Tensor:
     return indices.to("cpu", torch.int64)
 
 
+def check_labels(source: FeatureSource, class_names: Sequence[str], what: str) -> None:
+    """Raise ``InputError`` unless every label names a class of a learner, and the source's own names are the same."""
+    if not len(source):
+        raise InputError(f"{what}: expected at least one, got none")
+    low, high = int(source.labels.min()), int(source.labels.max())
+    if low < 0 or high >= len(class_names):
+        raise InputError(
+            f"labels of {what}: expected 0 to {len(class_names) - 1}, one for each class name of the learner, got "
+            f"{low} to {high}"
+        )
+    names = class_names if source.class_names is None else source.class_names
+    for number, (ours, theirs) in enumerate(zip_longest(class_names, names)):
+        if ours != theirs:
+            raise InputError(f"class {number} of {what}: expected {ours!r} as in the learner, got {theirs!r}")
+
+
 class CachedSource:
     """Features that were computed before, for a deterministic transform.
 
@@ -84,20 +109,25 @@ class CachedSource:
         features: One row an image: features in memory, or for instance the data room's cached features.
         labels: (n,) class indices in the order of the rows.
         fingerprint: Of the backbone that made rows of a cache, which do not say it; see `ImageFeatures`.
+        class_names: What the labels mean, where that is known.
 
     Raises:
         InputError: Neither kind of features, labels that are no integers, or not as many labels as rows.
     """
 
     def __init__(
-        self, features: ImageFeatures | FeatureRows, labels: Sequence[int] | Tensor, fingerprint: str | None = None
+        self,
+        features: ImageFeatures | FeatureRows,
+        labels: Sequence[int] | Tensor,
+        fingerprint: str | None = None,
+        class_names: tuple[str, ...] | None = None,
     ) -> None:
         if not isinstance(features, ImageFeatures) and not hasattr(features, "rows"):
             raise InputError(
                 "features: expected ImageFeatures(pooled (n, D), patches (n, P, W)), as backbone.encode_images makes "
                 f"them, or rows of a feature cache, got {type(features).__name__}"
             )
-        self.features, self.fingerprint = features, fingerprint
+        self.features, self.fingerprint, self.class_names = features, fingerprint, class_names
         self.labels = class_indices(labels)
         if len(features) != len(self.labels):
             raise InputError(f"labels must be as many as the {len(features)} cached images, not {len(self.labels)}")
@@ -114,17 +144,16 @@ class CachedSource:
         checksum = getattr(self.features, "checksum", None)
         return "rows without a checksum" if checksum is None else f"cached features with checksum {checksum:08x}"
 
-    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> ImageFeatures:
+    def batch(self, indices: Tensor, generator: Generator | None = None, reads: Reads = PATCHES) -> ImageFeatures:
         """Features of the images at `indices` (b,); nothing here is random."""
         if isinstance(self.features, ImageFeatures):
-            return self.features[indices]
-        rows = self.features.rows(indices)
-        return ImageFeatures(rows["pooled"], rows["patches"], self.fingerprint)
+            return self.features.keep(reads)[indices]
+        return ImageFeatures(**self.features.rows(indices, reads), fingerprint=self.fingerprint)
 
-    def plain_batches(self) -> Iterator[tuple[ImageFeatures, Tensor]]:
+    def plain_batches(self, reads: Reads = PATCHES) -> Iterator[tuple[ImageFeatures, Tensor]]:
         """Features and labels of all images once, in order."""
         for indices in torch.arange(len(self)).split(PLAIN_BATCH):
-            yield self.batch(indices), self.labels[indices]
+            yield self.batch(indices, reads=reads), self.labels[indices]
 
 
 class ViewSource:
@@ -135,6 +164,7 @@ class ViewSource:
         labels: (n,) class indices in the order of the rows.
         plain: Gives the images without random transforms, for `plain_batches`; called only where those are asked for.
         fingerprint: Of the backbone that made the views.
+        class_names: What the labels mean, where that is known.
 
     Raises:
         InputError: There is no view, or not as many labels as rows.
@@ -146,11 +176,12 @@ class ViewSource:
         labels: Sequence[int] | Tensor,
         plain: Callable[[], FeatureSource],
         fingerprint: str | None = None,
+        class_names: tuple[str, ...] | None = None,
     ) -> None:
         if not views:
             raise InputError("views: expected at least one view of every image, got none")
         self.views = [CachedSource(view, labels, fingerprint) for view in views]
-        self.labels = self.views[0].labels
+        self.labels, self.class_names = self.views[0].labels, class_names
         self.plain = plain
 
     @cached_property
@@ -161,19 +192,19 @@ class ViewSource:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> ImageFeatures:
+    def batch(self, indices: Tensor, generator: Generator | None = None, reads: Reads = PATCHES) -> ImageFeatures:
         """Features of the images at `indices` (b,), each in the view that `generator` draws for it."""
         if generator is None:
             raise InputError("random views need a torch.Generator, got None")
         drawn = torch.randint(len(self.views), indices.shape, generator=generator)
         by_view = drawn.argsort(stable=True)
-        parts = [view.batch(indices[drawn == number]) for number, view in enumerate(self.views)]
+        parts = [view.batch(indices[drawn == number], reads=reads) for number, view in enumerate(self.views)]
         place = by_view.argsort()  # of every image among the parts
         return join_features(parts)[place]
 
-    def plain_batches(self) -> Iterator[tuple[ImageFeatures, Tensor]]:
+    def plain_batches(self, reads: Reads = PATCHES) -> Iterator[tuple[ImageFeatures, Tensor]]:
         """Features and labels of all images once, in order and without a random view."""
-        return self.plain().plain_batches()
+        return self.plain().plain_batches(reads)
 
 
 class ImageSource:
@@ -187,6 +218,7 @@ class ImageSource:
         backbone: Encodes the images.
         read_plain: The same without random transforms, for `plain_batches`; `read` by default.
         at_once: Images that are read and encoded at a time, however many are asked for.
+        class_names: What the labels mean, where that is known.
 
     Raises:
         InputError: There are not as many labels as paths, or `at_once` is below 1.
@@ -201,11 +233,12 @@ class ImageSource:
         backbone: ImageEncoder,
         read_plain: ReadImages | None = None,
         at_once: int = 32,
+        class_names: tuple[str, ...] | None = None,
     ) -> None:
         if at_once < 1:
             raise InputError(f"image batch: expected at least 1 image, got {at_once}")
         self.paths = tuple(paths)
-        self.labels = class_indices(labels)
+        self.labels, self.class_names = class_indices(labels), class_names
         self.read, self.read_plain = read, read_plain or read
         self.backbone = backbone
         self.at_once = at_once
@@ -216,17 +249,18 @@ class ImageSource:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> ImageFeatures:
+    def batch(self, indices: Tensor, generator: Generator | None = None, reads: Reads = PATCHES) -> ImageFeatures:
         """Features of the images at `indices` (b,), transformed anew with random numbers from `generator`."""
-        encoded = [self._encode(self.read, some, generator) for some in indices.split(self.at_once)]
+        encoded = [self._encode(self.read, some, generator, reads) for some in indices.split(self.at_once)]
         return join_features(encoded)
 
-    def plain_batches(self) -> Iterator[tuple[ImageFeatures, Tensor]]:
+    def plain_batches(self, reads: Reads = PATCHES) -> Iterator[tuple[ImageFeatures, Tensor]]:
         """Features and labels of all images once, in order, read by `read_plain`."""
         for indices in torch.arange(len(self)).split(self.at_once):
-            yield self._encode(self.read_plain, indices, None), self.labels[indices]
+            yield self._encode(self.read_plain, indices, None, reads), self.labels[indices]
 
     # no_grad, not inference_mode: the learner saves these features for its backward pass.
     @torch.no_grad()
-    def _encode(self, read: ReadImages, indices: Tensor, generator: torch.Generator | None) -> ImageFeatures:
-        return self.backbone.encode_images(read([self.paths[i] for i in indices.tolist()], generator=generator))
+    def _encode(self, read: ReadImages, indices: Tensor, generator: Generator | None, reads: Reads) -> ImageFeatures:
+        images = read([self.paths[i] for i in indices.tolist()], generator=generator)
+        return self.backbone.encode_images(images).keep(reads)

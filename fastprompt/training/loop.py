@@ -20,6 +20,7 @@ from fastprompt.learners.stored import MODEL, restore_learned
 from fastprompt.progress import progress_bar, say_line
 from fastprompt.sources import FeatureSource, Images, as_source
 from fastprompt.sources.features import queue_copy
+from fastprompt.sources.source import check_labels
 from fastprompt.training.environment import changed_arithmetic
 from fastprompt.training.interrupt import Interrupted, InterruptFlag
 from fastprompt.training.metrics import EpochMetrics, TrainingResult, peak_memory, reset_peak_memory
@@ -149,7 +150,8 @@ class _Training:
     def _train_step(self, indices: Tensor) -> None:
         generator = self._generator(LOSS, self.step, self.device)
         torch.manual_seed(generator.initial_seed())  # for layers such as nn.Dropout, which take no generator
-        features = self.source.batch(indices, self._generator(TRANSFORMS, self.step)).to(self.device)
+        transforms = self._generator(TRANSFORMS, self.step)
+        features = self.source.batch(indices, transforms, self.learner.reads).to(self.device)
         labels = queue_copy(self.source.labels[indices], self.device)
         scores = self.learner(features)
         self.optimizer.zero_grad()
@@ -287,9 +289,5 @@ def _check(learner: Learner, source: FeatureSource, settings: TrainingSettings) 
     for name, parameter in parameters.items():
         if torch.finfo(parameter.dtype).bits < 32:
             raise InputError(f"{name} must be float32 to be trained, not {parameter.dtype}")
-    if not len(source):
-        raise InputError("source must have at least one training image, not 0")
-    low, high, classes = int(source.labels.min()), int(source.labels.max()), len(learner.class_names)
-    if low < 0 or high >= classes:
-        raise InputError(f"labels must be from 0 to {classes - 1}, not from {low} to {high}")
+    check_labels(source, learner.class_names, "training images")
     return next(iter(parameters.values())).device

@@ -6,6 +6,7 @@ import torch
 
 from fastprompt.data import ImageTransform, load_image, read_batch
 
+NAMES = ("pooled", "patches")
 HALF = (0.5, 0.5, 0.5)
 TRANSFORM = ImageTransform(4, HALF, HALF)
 READ = partial(read_batch, transform=TRANSFORM)
@@ -34,5 +35,6 @@ def direct(paths):
     return encode(torch.stack([TRANSFORM(load_image(path)) for path in paths]))
 
 
-def shards(tmp_path):
-    return sorted((tmp_path / "cache").glob("*/*.safetensors"))
+def shards(tmp_path, name="pooled"):
+    """Files of one tensor."""
+    return sorted((tmp_path / "cache").glob(f"*/{name}-*.safetensors"))

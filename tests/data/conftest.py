@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from fastprompt.data import FeatureCache, feature_cache
-from tests.data.cached import READ, CountingEncoder
+from tests.data.cached import NAMES, READ, CountingEncoder
 from tests.data.images_on_disk import write_image
 
 
@@ -37,9 +37,9 @@ def small_shards(monkeypatch):
 def load(tmp_path):
     """Load through a newly opened cache, as another process would; returns features and number of images encoded."""
 
-    def load(paths, key="key", encoder=None, batch_size=4):
+    def load(paths, key="key", encoder=None, batch_size=4, names=NAMES):
         encoder = encoder or CountingEncoder()
         cache = FeatureCache(tmp_path / "cache", key)
-        return cache.load(paths, encoder, READ, batch_size=batch_size, progress=False), encoder.images
+        return cache.load(paths, encoder, READ, names, batch_size=batch_size, progress=False), encoder.images
 
     return load

@@ -60,7 +60,9 @@ def test_a_file_of_another_cache_is_refused(load, paths, tmp_path):
 def test_features_of_another_width_are_refused(load, paths):
     load(paths[:4])
     wider = lambda images: encode(torch.cat([images, images], dim=1))  # noqa: E731
-    with pytest.raises(InputError, match=r"is damaged .its features have other shapes or types than those of 000000"):
+    with pytest.raises(
+        InputError, match=r"is damaged .its features have other shapes or types than those of patches-000000"
+    ):
         load(paths, encoder=CountingEncoder(encode=wider))
 
 

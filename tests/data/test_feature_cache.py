@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from fastprompt.data import FeatureCache, default_cache_dir, feature_cache, hash_files
+from fastprompt.data.shards import Shard, ShardWriter
 from fastprompt.errors import InputError
 from fastprompt.files import LOCK, TEMPORARY, locked
-from tests.data.cached import READ, CountingEncoder, direct, encode, shards
+from tests.data.cached import NAMES, READ, CountingEncoder, direct, encode, shards
 from tests.data.images_on_disk import write_image
 
 
@@ -36,12 +37,57 @@ def test_each_image_is_encoded_once(load, paths, tmp_path):
 
 def test_one_cache_object_serves_several_splits(tmp_path, paths):
     cache, encoder = FeatureCache(tmp_path / "cache", "key"), CountingEncoder()
-    train = cache.load(paths[:12], encoder, READ, progress=False)
-    test = cache.load(paths[8:], encoder, READ, progress=False)
+    train = cache.load(paths[:12], encoder, READ, NAMES, progress=False)
+    test = cache.load(paths[8:], encoder, READ, NAMES, progress=False)
     assert encoder.images == 23
-    assert len(test.shards) == 2  # nothing is opened twice
+    assert len(test.tensors["pooled"].shards) == 2  # nothing is opened twice
     torch.testing.assert_close(train.rows(torch.arange(12)), direct(paths[:12]), rtol=0, atol=0)
     torch.testing.assert_close(test.rows(torch.arange(15)), direct(paths[8:]), rtol=0, atol=0)
+
+
+def bits(files):
+    return {file.name: file.read_bytes() for file in files}
+
+
+def test_what_is_not_asked_for_is_neither_written_nor_read(load, paths, tmp_path):
+    features, encoded = load(paths, names=["pooled"])
+    assert encoded == 23 and shards(tmp_path) and not shards(tmp_path, "patches")
+    assert features.rows(torch.arange(23)).keys() == {"pooled"}
+    load(paths)
+    for shard in shards(tmp_path, "patches"):
+        shard.write_bytes(b"")
+    with pytest.raises(InputError, match="is damaged"):
+        load(paths)
+    for shard in shards(tmp_path, "patches"):
+        shard.unlink()
+    assert load(paths, names=["pooled"])[1] == 0
+
+
+def test_a_cache_is_extended_by_what_it_lacks(load, paths, tmp_path):
+    """Of 23 images 10 have one tensor, and 5 of these the other."""
+    load(paths[:10], names=["pooled"])
+    assert load(paths[5:10], names=["patches"])[1] == 5
+    before = bits([*shards(tmp_path), *shards(tmp_path, "patches")])
+    checksum = load(paths[:10], names=["pooled"])[0].checksum
+    features, encoded = load(paths)
+    assert encoded == 18, "5 have both"
+    torch.testing.assert_close(features.rows(torch.arange(23)), direct(paths), rtol=0, atol=0)
+    after = bits([*shards(tmp_path), *shards(tmp_path, "patches")])
+    assert before.items() <= after.items(), "what was there stays as it was"
+    assert sum(len(Shard.open(file, file.parent.name).digests) for file in shards(tmp_path)) == 23, "no row twice"
+    assert sum(len(Shard.open(file, file.parent.name).digests) for file in shards(tmp_path, "patches")) == 23
+    assert load(paths[:10], names=["pooled"])[0].checksum == checksum, "runs that read only these go on as before"
+    assert load(paths)[1] == 0
+
+
+def test_rows_of_some_tensors_alone_are_read(load, paths, tmp_path):
+    features, _ = load(paths)
+    for shard in shards(tmp_path, "patches"):
+        os.truncate(shard, 100)
+    rows = features.rows(torch.tensor([3, 0]), ["pooled", "tokens"])
+    torch.testing.assert_close(rows, {"pooled": direct(paths)["pooled"][[3, 0]]}, rtol=0, atol=0)
+    with pytest.raises(InputError, match=r"patches-000000.safetensors: is damaged .it was cut short"):
+        features.rows(torch.tensor([3, 0]))
 
 
 def test_equal_files_are_encoded_once(load, paths, tmp_path):
@@ -121,8 +167,10 @@ def test_who_waited_for_another_process_finds_its_features(load, paths, tmp_path
         while f"waiting for process {os.getpid()} on" not in caplog.text:
             assert second.is_alive()
             time.sleep(0.01)
-        writer = feature_cache._ShardWriter(folder)
-        writer.add(feature_cache.hash_files(paths, progress=False), encode(READ(paths)))
+        for name in NAMES:
+            writer = ShardWriter(folder, name, ())
+            writer.add(feature_cache.hash_files(paths, progress=False), encode(READ(paths)))
+            writer.flush()
     second.join()
     assert outcome[0][1] == 0
     torch.testing.assert_close(outcome[0][0].rows(torch.arange(23)), direct(paths), rtol=0, atol=0)
@@ -137,10 +185,15 @@ def test_what_is_cached_needs_no_lock(load, paths, tmp_path):
 def test_what_features_take_is_said_before_they_are_written(tmp_path, paths, monkeypatch, capsys):
     bytes_a_row = 3 * 4 + 3 * 16 * 2
     monkeypatch.setattr(feature_cache, "SAID_BYTES", 23 * bytes_a_row - 1)
-    FeatureCache(tmp_path / "a", "key").load(paths, encode, READ)
+    FeatureCache(tmp_path / "a", "key").load(paths, encode, READ, NAMES)
     assert f"features of 23 images: 0.0 GB in {tmp_path / 'a'}" in capsys.readouterr().err
+    monkeypatch.setattr(feature_cache, "SAID_BYTES", 23 * 3 * 16 * 2 - 1)
+    FeatureCache(tmp_path / "c", "key").load(paths, encode, READ, ["pooled"])
+    assert "GB in" not in capsys.readouterr().err
+    FeatureCache(tmp_path / "c", "key").load(paths, encode, READ, NAMES)
+    assert "features of 23 images: 0.0 GB in" in capsys.readouterr().err, "of the patches alone"
     monkeypatch.setattr(feature_cache, "SAID_BYTES", 23 * bytes_a_row)
-    FeatureCache(tmp_path / "b", "key").load(paths, encode, READ)
+    FeatureCache(tmp_path / "b", "key").load(paths, encode, READ, NAMES)
     assert "GB in" not in capsys.readouterr().err
 
 
@@ -160,11 +213,11 @@ def test_a_disk_without_room_is_said_and_nothing_is_written(tmp_path, paths, loa
 def test_bad_arguments(tmp_path, paths):
     cache = FeatureCache(tmp_path / "cache", "key")
     with pytest.raises(InputError, match="expected at least one image, got none"):
-        cache.load([], encode, READ)
+        cache.load([], encode, READ, NAMES)
     with pytest.raises(InputError, match=r"image .*none.png: expected a file, got no such file$"):
-        cache.load([*paths, tmp_path / "none.png"], encode, READ, progress=False)
+        cache.load([*paths, tmp_path / "none.png"], encode, READ, NAMES, progress=False)
     with pytest.raises(ValueError, match="encode: expected 23 rows of 'pooled', got 1"):
-        cache.load(paths, lambda images: {"pooled": images[:1]}, READ, progress=False)
+        cache.load(paths, lambda images: {"pooled": images[:1]}, READ, ["pooled"], progress=False)
     with pytest.raises(InputError, match=r"checkpoint .*none.png: expected a file, got no such file$"):
         hash_files([tmp_path / "none.png"], what="checkpoint")
     assert not (tmp_path / "cache").exists()
@@ -179,9 +232,9 @@ def test_a_file_that_changes_before_it_is_read_is_not_cached_as_what_it_was(tmp_
         return READ(files)
 
     with pytest.raises(InputError, match=r"image .*03.png: expected a file that stays as it is, got one that changed"):
-        cache.load(paths, encode, read, batch_size=2, progress=False)
+        cache.load(paths, encode, read, NAMES, batch_size=2, progress=False)
     paths[3].write_bytes(before)
-    rows = cache.load(paths, encode, READ, progress=False).rows(torch.arange(23))
+    rows = cache.load(paths, encode, READ, NAMES, progress=False).rows(torch.arange(23))
     torch.testing.assert_close(rows["pooled"], direct(paths)["pooled"])
 
 

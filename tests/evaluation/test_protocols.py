@@ -1,5 +1,4 @@
 import sys
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -17,24 +16,14 @@ from fastprompt.evaluation import (
     ood_detection,
     predict_all,
 )
-
-
-@dataclass(frozen=True)
-class Features:
-    pooled: torch.Tensor
-    patches: torch.Tensor
-
-    def __len__(self):
-        return len(self.pooled)
-
-    def to(self, device):
-        return Features(self.pooled.to(device), self.patches.to(device))
+from fastprompt.sources import ImageFeatures
 
 
 class Source:
     """Images whose pooled feature is the answer that the fake learner will give."""
 
-    def __init__(self, labels, answers):
+    def __init__(self, labels, answers, class_names=None):
+        self.class_names = class_names
         self.labels = torch.tensor(labels)
         self.answers = torch.tensor(answers, dtype=torch.float32)
         self.asked = []
@@ -42,13 +31,15 @@ class Source:
     def __len__(self):
         return len(self.answers)
 
-    def batch(self, indices, generator=None):
+    def batch(self, indices, generator=None, reads=None):
         self.asked.append(indices.tolist())
-        return Features(self.answers[indices], torch.zeros(len(indices), 1, 1))
+        return ImageFeatures(self.answers[indices], torch.zeros(len(indices), 1, 1)).keep(reads)
 
 
 class AnswerLearner(nn.Module):
     """Says the class that the feature names, with probability 0.75; its score is the feature itself."""
+
+    reads = frozenset({"pooled"})
 
     def __init__(self, class_names):
         super().__init__()
@@ -60,15 +51,18 @@ class AnswerLearner(nn.Module):
         return AnswerLearner(class_names)
 
     def predict(self, features):
-        assert not self.training
+        assert not self.training and set(features.tensors) == self.reads
         assert not torch.is_grad_enabled()
         rest = 0.25 / max(len(self.class_names) - 1, 1)
         probabilities = torch.full((len(features), len(self.class_names)), rest)
         probabilities.scatter_(1, features.pooled.long()[:, None], 0.75)
         return probabilities * self.weight
 
+    def ood_reads(self, kind):
+        return {"mcm": {"pooled"}, "gl-mcm": {"pooled", "patches"}}[kind]
+
     def ood_score(self, features, kind="gl-mcm"):
-        assert not torch.is_grad_enabled()
+        assert not torch.is_grad_enabled() and set(features.tensors) == self.ood_reads(kind)
         return features.pooled * {"gl-mcm": 1, "mcm": -1}[kind] * self.weight
 
 
@@ -148,11 +142,25 @@ def test_progress_bar_only_when_asked_and_on_a_terminal(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("labels", "answers", "batch_size", "message"),
     [
-        ([0, 2], [0, 1], 8, r"source\.labels must be 0 to 1, .* got 0 to 2"),
-        ([], [], 8, "at least one image"),
+        ([0, 2], [0, 1], 8, "labels of test images: expected 0 to 1, .*got 0 to 2"),
+        ([], [], 8, "test images: expected at least one, got none"),
         ([0], [0], 0, "batch_size must be at least 1, got 0"),
     ],
 )
 def test_bad_input_is_one_sentence(labels, answers, batch_size, message):
     with pytest.raises(InputError, match=message):
         evaluate_accuracy(AnswerLearner("ab"), Source(labels, answers), batch_size=batch_size, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        (("b", "a"), "^class 0 of test images: expected 'a' as in the learner, got 'b'$"),
+        (("a", "b", "c"), "^class 2 of test images: expected None as in the learner, got 'c'$"),
+        (("a",), "^class 1 of test images: expected 'b' as in the learner, got None$"),
+    ],
+)
+def test_labels_of_other_classes_are_refused(theirs, message):
+    with pytest.raises(InputError, match=message):
+        evaluate_accuracy(AnswerLearner("ab"), Source([0], [0], theirs), progress=False)
+    assert evaluate_accuracy(AnswerLearner(theirs), Source([0], [0], theirs), progress=False).top1 == 1

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from fastprompt.learners.base import POOLED, Scores
+from fastprompt.learners.base import Scores
 from fastprompt.learners.recipe import Recipe
 from fastprompt.learners.text import TextLearner, initial_context
+from fastprompt.sources import POOLED
 
 
 class Patient(TextLearner):

@@ -50,6 +50,7 @@ class World:
                 "in/run",
             ],
             "cache": ["evaluate", "run", *cache],
+            "patches": ["evaluate", "run", *cache, "--ood", str(root / "photos" / "test")],
             "head": ["export", "run", "--out", "out/head.safetensors"],
             "onnx": ["export", "run", "--out", "out/classifier.onnx"],
         }
@@ -58,7 +59,7 @@ class World:
         """An empty working folder; with an imported run where the command takes one."""
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
-        if name in ("cache", "head", "onnx"):
+        if name in ("cache", "patches", "head", "onnx"):
             if not (self.root / "imported").exists():
                 given = [*self.commands["import"][:-1], "run"]
                 given = [*given[:4], "--data", str(self.root / "photos"), *given[6:]]
@@ -67,6 +68,10 @@ class World:
                 shutil.copytree(self.work / "run", self.root / "imported")
             else:
                 shutil.copytree(self.root / "imported", self.work / "run")
+        if name == "patches":  # pooled features are there, and are extended
+            (done,) = self.run({"command": self.commands["cache"]})
+            assert done["status"] == 0 and list(self.work.glob("cache/*/pooled-*")), done
+            assert not list(self.work.glob("cache/*/patches-*"))
 
     def run(self, *jobs):
         jobs = [{"cwd": str(self.work), **job} for job in jobs]
@@ -124,7 +129,7 @@ def kill_and_repeat(world, name, half, kills, expected):
 
 @pytest.mark.torture
 @pytest.mark.parametrize("half", [False, True], ids=["before operations", "in writes"])
-@pytest.mark.parametrize("name", ["train", "views", "import", "cache", "head", "onnx"])
+@pytest.mark.parametrize("name", ["train", "views", "import", "cache", "patches", "head", "onnx"])
 def test_every_kill(name, half, world):
     expected, operations = unharmed(world, name, half)
     assert len(operations) >= (1 if half else 4), operations
@@ -148,7 +153,7 @@ def few(operations):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["train", "import", "cache", "head"])
+@pytest.mark.parametrize("name", ["train", "import", "cache", "patches", "head"])
 def test_some_kills(name, world):
     for half in (False, True):
         expected, operations = unharmed(world, name, half)

@@ -172,8 +172,8 @@ def test_the_loop_trains_it(method, backbone, features):
         def __len__(self):
             return len(rows)
 
-        def rows(self, indices):
-            return {"pooled": rows.pooled[indices], "patches": rows.patches[indices]}
+        def rows(self, indices, names):
+            return rows.keep(names)[indices].tensors
 
     torch.manual_seed(0)
     learner = method(backbone, NAMES)

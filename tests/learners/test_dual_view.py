@@ -16,7 +16,7 @@ TEMPLATES = ("a photo of a {}.", "{} texture.")
 
 def source_of(features, labels=LABELS):
     """Training images in two batches."""
-    return SimpleNamespace(plain_batches=lambda: [(features[:2], labels[:2]), (features[2:], labels[2:])])
+    return SimpleNamespace(plain_batches=lambda reads: [(features[:2], labels[:2]), (features[2:], labels[2:])])
 
 
 def test_equals_its_equations_in_float32(images):

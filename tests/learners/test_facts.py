@@ -9,8 +9,9 @@ import torch
 from fastprompt import CoOp, InputError, Recipe, make_learner
 from fastprompt.backbone import ImageFeatures
 from fastprompt.learners import METHODS
-from fastprompt.learners.base import OOD_KINDS, PATCHES, POOLED, Learner, Scores
+from fastprompt.learners.base import OOD_KINDS, Learner, Scores
 from fastprompt.learners.text import PromptLearner, TextLearner
+from fastprompt.sources import PATCHES, POOLED
 from tests.learners.support import LABELS, NAMES, moved
 
 RECIPES = {"default": Recipe(source="test")}

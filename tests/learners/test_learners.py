@@ -163,7 +163,7 @@ def learned_by(loss):
 @pytest.mark.parametrize("method", METHODS)
 def test_only_learned_tensors_are_stored_and_trained(vit_backbone, features, method):
     learner = make_learner(method, vit_backbone, NAMES)
-    learner.prepare(SimpleNamespace(plain_batches=lambda: [(features, LABELS)]))
+    learner.prepare(SimpleNamespace(plain_batches=lambda reads: [(features, LABELS)]))
     assert set(learner.state_dict()) == {name for name, _ in learner.named_parameters()}
     if not learner.learns:
         assert not list(learner.parameters())

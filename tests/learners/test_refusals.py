@@ -9,7 +9,8 @@ import torch
 from fastprompt import CoOp, GalLoP, ImageFeatures, InputError, ZeroShot, make_learner
 from fastprompt.backbone import class_tokens
 from fastprompt.learners import METHODS
-from tests.learners.support import NAMES
+from fastprompt.sources import POOLED, CachedSource
+from tests.learners.support import LABELS, NAMES
 from tests.models import make_backbone, make_clip
 
 
@@ -71,6 +72,21 @@ def test_only_features_of_the_own_backbone_are_taken(vit_backbone, features, met
         for use in (learner, learner.predict, learner.ood_score, lambda f: learner.explain(f, torch.tensor([0]))):
             with pytest.raises(InputError, match=message):
                 use(given)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_needs_what_it_reads_and_no_more(vit_backbone, features, method):
+    learner = make_learner(method, vit_backbone, NAMES)
+    few, missing = features.keep(learner.reads), r"expected those of the patches, too, got pooled features alone"
+    learner.prepare(CachedSource(few, LABELS))
+    learner.loss(learner(few), LABELS)
+    assert torch.equal(learner.predict(few), learner.predict(features))
+    uses = [] if learner.reads == POOLED else [learner.predict]
+    for use in (*uses, learner.ood_score, lambda given: learner.explain(given, torch.tensor([0] * len(given)))):
+        with pytest.raises(InputError, match=missing):
+            use(features.keep(POOLED))
+    enough = features.keep(learner.ood_reads("mcm"))
+    assert torch.equal(learner.ood_score(enough, "mcm"), learner.ood_score(features, "mcm"))
 
 
 def test_features_that_do_not_say_whose_they_are_are_taken(vit_backbone, features):

@@ -17,6 +17,7 @@ class ToyLearner(nn.Module):
     """A linear classifier whose loss drops random inputs, as prompt dropout does."""
 
     method = "toy"
+    reads = frozenset({"pooled"})
 
     def __init__(self, classes=4, width=8):
         super().__init__()
@@ -52,14 +53,16 @@ class Rows:
     patches: torch.Tensor
     at_call: dict = field(default_factory=dict)
     asked: list = field(default_factory=list)
+    named: list = field(default_factory=list)
 
     def __len__(self):
         return len(self.pooled)
 
-    def rows(self, indices):
+    def rows(self, indices, names):
         self.asked.append(indices.tolist())
+        self.named.append(set(names))
         self.at_call.get(len(self.asked), lambda: None)()
-        return {"pooled": self.pooled[indices], "patches": self.patches[indices]}
+        return ImageFeatures(self.pooled, self.patches).keep(names)[indices].tensors
 
 
 @pytest.fixture

@@ -117,7 +117,7 @@ WRONG = {
     "names": (Pairs([(torch.zeros(3, 32, 32), "cat")]), r"labels: expected integers \(n,\).*got .*cat"),
     "one-hot": (Pairs([(torch.zeros(3, 32, 32), torch.eye(3)[0])]), r"labels: expected integers .*got shape \(1, 3\)"),
     "empty": (Pairs([]), "training images: expected at least one image, got an empty Pairs"),
-    "range": (Pairs([(torch.zeros(3, 32, 32), 7)]), "labels must be from 0 to 2, not from 7 to 7"),
+    "range": (Pairs([(torch.zeros(3, 32, 32), 7)]), "labels of training images: expected 0 to 2, .*got 7 to 7"),
     "batches": (
         DataLoader(Pairs([(torch.zeros(3, 32, 32), 0)]), collate_fn=lambda items: items),
         r"expected batches of \(images, labels\), got a list of 1",

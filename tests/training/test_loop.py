@@ -103,7 +103,7 @@ def test_random_numbers_of_the_loss_differ_from_step_to_step(toy):
 def test_transforms_get_a_generator_of_their_own(toy):
     source, seen = toy.source(n=16), []
     plain = source.batch
-    source.batch = lambda indices, generator: seen.append(int(generator.initial_seed())) or plain(indices)
+    source.batch = lambda indices, generator, reads: seen.append(int(generator.initial_seed())) or plain(indices)
     toy.fit(toy.learner(), source, toy.settings(epochs=2))
     assert len(set(seen)) == 4
 
@@ -149,13 +149,13 @@ def test_tensors_that_are_not_finite_are_never_saved(toy, tmp_path):
 
 
 def test_what_cannot_be_trained_is_refused(toy):
-    with pytest.raises(InputError, match="labels must be from 0 to 2, not from 0 to 3"):
+    with pytest.raises(InputError, match=r"labels of training images: expected 0 to 2, .*got 0 to 3"):
         toy.fit(toy.learner(classes=3), toy.source(classes=4), toy.settings())
     source = toy.source()
     source.labels = source.labels - 1
-    with pytest.raises(InputError, match="labels must be from 0 to 3, not from -1 to 2"):
+    with pytest.raises(InputError, match=r"expected 0 to 3, .*got -1 to 2"):
         toy.fit(toy.learner(), source, toy.settings())
-    with pytest.raises(InputError, match="at least one training image"):
+    with pytest.raises(InputError, match="training images: expected at least one, got none"):
         toy.fit(toy.learner(), toy.source(n=0), toy.settings())
     with pytest.raises(InputError, match=r"weight must be float32 to be trained, not torch\.float16"):
         toy.fit(toy.learner().half(), toy.source(), toy.settings())
@@ -163,3 +163,9 @@ def test_what_cannot_be_trained_is_refused(toy):
     del nothing.weight, nothing.bias
     with pytest.raises(InputError, match="toy has no parameters"):
         toy.fit(nothing, toy.source(), toy.settings())
+
+
+def test_a_step_loads_what_the_learner_reads_alone(toy):
+    source = toy.source()
+    toy.fit(toy.learner(), source, toy.settings(epochs=2))
+    assert source.features.named == [{"pooled"}] * 10

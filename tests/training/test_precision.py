@@ -34,8 +34,10 @@ class Rendered:
     def __len__(self):
         return len(self.labels)
 
-    def batch(self, indices, generator=None):
-        return self.features[indices]
+    class_names = None
+
+    def batch(self, indices, generator, reads):
+        return self.features.keep(reads)[indices]
 
 
 @pytest.fixture(scope="module")

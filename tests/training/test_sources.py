@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastprompt.errors import InputError
-from fastprompt.sources import CachedSource, ImageFeatures, ImageSource, ViewSource
+from fastprompt.sources import PATCHES, POOLED, CachedSource, ImageFeatures, ImageSource, ViewSource
 
 
 class TinyTower(torch.nn.Module):
@@ -93,6 +93,20 @@ def test_view_source_takes_one_view_of_each_image(toy):
     assert len(source) == 10 and source.labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
     ((plain, _),) = source.plain_batches()
     assert torch.equal(plain.pooled, rows.pooled)
+
+
+def test_what_is_not_read_is_not_loaded(toy, images):
+    """Nor kept of images that are encoded: nobody moves it to another device."""
+    rows, other = toy.source(n=10).features, toy.source(n=10).features
+    made = ImageFeatures(rows.pooled, rows.patches)
+    views = ViewSource([rows, other], range(10), lambda: CachedSource(rows, range(10)))
+    for source in (CachedSource(made, range(10)), CachedSource(rows, range(10)), views, images):
+        for reads in (POOLED, PATCHES):
+            features = source.batch(torch.tensor([5, 0, 3]), torch.Generator(), reads)
+            assert set(features.tensors) == reads == set(next(source.plain_batches(reads))[0].tensors)
+    assert POOLED in rows.named and POOLED in other.named and PATCHES in rows.named
+    with pytest.raises(InputError, match=r"expected those of the patches, too, .* alone: .*ask the source for reads="):
+        _ = CachedSource(rows, range(10)).batch(torch.tensor([5]), reads=POOLED).patches
 
 
 def test_view_source_refuses_what_it_cannot_do(toy):
