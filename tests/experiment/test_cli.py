@@ -280,16 +280,16 @@ def test_methods_are_taken_in_any_spelling_and_the_nearest_is_suggested(photos, 
 
 
 def test_changed_weights_are_noticed(trained, photos, model_folder, monkeypatch, capsys):
-    from fastprompt.experiment import use
+    from fastprompt.experiment import runs
 
-    load = use.load_backbone
+    load = runs.load_backbone
 
     def other(*args, **kwargs):
         backbone = load(*args, **kwargs)
         backbone.fingerprint = "f" * 16
         return backbone
 
-    monkeypatch.setattr(use, "load_backbone", other)
+    monkeypatch.setattr(runs, "load_backbone", other)
     assert main(["predict", "run", str(photos / "test" / "red")]) == 2
     assert "but those found now have ffffffffffffffff" in capsys.readouterr().err
 
