@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from fastprompt.learners.base import Learner
+from torch import nn
 
 SHOWN_CLASSES = 20
 
@@ -45,7 +44,7 @@ probabilities = learner.predict(learner.backbone.encode_images(pixels[None]))  #
 
 
 def card_text(
-    learner: Learner, described: Mapping[str, Any], *, repository: str, training: object, accuracy: float | None
+    learner: nn.Module, described: Mapping[str, Any], *, repository: str, training: object, accuracy: float | None
 ) -> str:
     """Write the card of a learner in Markdown.
 

@@ -7,15 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any, ClassVar, Protocol, get_type_hints
 
 from fastprompt.documents import build, check_object, check_type, home_path, read_json, short
 from fastprompt.errors import InputError, listed
 from fastprompt.files import write_file
 from fastprompt.learners.templates import TEMPLATES
-
-if TYPE_CHECKING:
-    from fastprompt.learners.base import Learner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +62,14 @@ class Recipe:
         return values | {"epochs": epochs, "options": dict(self.options)}
 
 
-def find_recipe(learner: type[Learner], name: str) -> Recipe:
+class Method(Protocol):
+    """What recipes need of the class of a learner."""
+
+    method: ClassVar[str]
+    recipes: ClassVar[Mapping[str, Recipe]]
+
+
+def find_recipe(learner: type[Method], name: str) -> Recipe:
     """A recipe of a method by its name, or from a file.
 
     Args:
@@ -86,7 +90,7 @@ def find_recipe(learner: type[Learner], name: str) -> Recipe:
     return learner.recipes[name]
 
 
-def write_recipe(learner: type[Learner], recipe: Recipe, file: Path) -> None:
+def write_recipe(learner: type[Method], recipe: Recipe, file: Path) -> None:
     """Write a recipe to a new .json file, to be changed and given back to ``find_recipe``.
 
     Raises:
@@ -99,7 +103,7 @@ def write_recipe(learner: type[Learner], recipe: Recipe, file: Path) -> None:
     write_file(file, json.dumps({"method": learner.method, **recipe.to_dict()}, indent=2) + "\n")
 
 
-def _read_recipe(learner: type[Learner], file: Path) -> Recipe:
+def _read_recipe(learner: type[Method], file: Path) -> Recipe:
     where = f"recipe {file}"
     values = read_json(file, "recipe")
     check_object(values, where, ["method", "epochs"])
@@ -113,7 +117,7 @@ def _read_recipe(learner: type[Learner], file: Path) -> Recipe:
     return recipe
 
 
-def check_options(learner: type[Learner], options: Mapping[str, Any], where: str) -> None:
+def check_options(learner: type[Method], options: Mapping[str, Any], where: str) -> None:
     """Raise ``InputError`` unless options have names and types of keyword arguments of a learner.
 
     Args:
