@@ -12,40 +12,27 @@ from typing import Any, ClassVar, Protocol, get_type_hints
 from fastprompt.documents import build, check_object, check_type, home_path, read_json, short
 from fastprompt.errors import InputError, listed
 from fastprompt.files import write_file
+from fastprompt.learners.schedule import Schedule
 from fastprompt.learners.templates import TEMPLATES
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """The published hyper-parameters of a method; the defaults are those of CoOp's code base, which most share.
-
-    Training is SGD without Nesterov, with a cosine over the epochs.
+class Recipe(Schedule):
+    """The published hyper-parameters of a method, beside those of ``Schedule``.
 
     Attributes:
         source: where the numbers stand.
         epochs: passes over the training images, or by the number of shots: {1: 50, 4: 100, 16: 200}.
-        batch_size: images a step.
-        lr: learning rate at the top of the cosine.
-        weight_decay: L2 penalty on all learned tensors.
-        momentum: of SGD.
-        warmup_epochs: epochs at ``warmup_lr`` before the cosine starts.
-        warmup_lr: learning rate of these.
         precision: what the authors trained in. A record: ``fastprompt train`` runs in float32 unless told otherwise.
         options: arguments of the learner that differ from its defaults.
     """
 
     source: str
-    epochs: int | Mapping[int, int] = 50
-    batch_size: int = 32
-    lr: float = 0.002
-    weight_decay: float = 5e-4
-    momentum: float = 0.9
-    warmup_epochs: int = 1
-    warmup_lr: float = 1e-5
     precision: str = "fp16"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
 
     def epochs_for(self, shots: int | None) -> int:

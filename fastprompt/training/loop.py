@@ -1,4 +1,4 @@
-"""The training loop: SGD on a learner, exact on resume, and nothing lost on Ctrl-C."""
+"""The training loop: an optimizer on a learner, exact on resume, and nothing lost on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -115,9 +115,8 @@ class _Training:
         device: torch.device,
     ) -> None:
         self.learner, self.source, self.settings, self.run, self.device = learner, source, settings, run, device
-        self.optimizer = torch.optim.SGD(
-            learner.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-        )
+        self.optimizer = settings.make_optimizer(learner.parameters())
+        self.names = [name for name, _ in learner.named_parameters()]  # in the optimizer's order
         self.steps = settings.steps_per_epoch(len(source))
         self.history: list[EpochMetrics] = []
         self._start_epoch(0)
@@ -198,7 +197,12 @@ class _Training:
         if self.run is None:
             return
         self._check_learned()
-        buffers = {name: self.optimizer.state[p].get("momentum_buffer") for name, p in self.learner.named_parameters()}
+        buffers = {
+            f"{kind}.{self.names[index]}": tensor
+            for index, kinds in self.optimizer.state_dict()["state"].items()
+            for kind, tensor in kinds.items()
+            if tensor is not None
+        }
         self.run.save_state(
             TrainingState(
                 class_names=tuple(self.learner.class_names),
@@ -211,7 +215,7 @@ class _Training:
                 losses=self.losses[: self.step],
                 correct=self.correct[: self.step],
                 learned=self.learner.state_dict(),
-                momentum={name: buffer for name, buffer in buffers.items() if buffer is not None},
+                optimizer=buffers,
             )
         )
 
@@ -227,9 +231,7 @@ class _Training:
         if other := changed_arithmetic(self.run.environment() | {"origin": state.origin}, origin=self.source.origin):
             log.warning("%s goes on, but may end with other last bits than unstopped: %s", self.run.path, other)
         restore_learned(self.learner, state.learned, file)
-        for name, parameter in self.learner.named_parameters():
-            if name in state.momentum:
-                self.optimizer.state[parameter]["momentum_buffer"] = state.momentum[name].to(self.device)
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state.optimizer_state(self.names)})
         if state.epoch > self.settings.epochs or state.step > self.steps:
             raise InputError(f"{file}: expected at most epoch {self.settings.epochs}, step {self.steps}, got more")
         self._start_epoch(state.epoch)

@@ -38,7 +38,7 @@ class TrainingState:
         losses: (step,) float32, loss of each of these steps.
         correct: (step,) int64, images that each of these steps predicted right.
         learned: The learner's state_dict.
-        momentum: SGD's momentum buffers by parameter name; empty before the first step.
+        optimizer: The optimizer's tensors by kind and parameter, such as "momentum_buffer.context"; none at the start.
     """
 
     class_names: tuple[str, ...]
@@ -51,7 +51,7 @@ class TrainingState:
     losses: Tensor
     correct: Tensor
     learned: Mapping[str, Tensor]
-    momentum: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
 
     def write(self, file: Path) -> None:
         """Write the state as one safetensors file.
@@ -61,7 +61,7 @@ class TrainingState:
         """
         tensors = {"labels": self.labels, "losses": self.losses, "correct": self.correct}
         tensors |= {f"learned.{name}": tensor for name, tensor in self.learned.items()}
-        tensors |= {f"momentum.{name}": tensor for name, tensor in self.momentum.items()}
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.items()}
         said = {field.name: json.dumps(getattr(self, field.name)) for field in fields(_Said)}
         write_tensors(file, tensors, said)
 
@@ -81,16 +81,29 @@ class TrainingState:
                 f"{said.seconds} seconds"
             )
         check_object(tensors, where, ["labels", "losses", "correct"])
-        learned, momentum = _below("learned.", tensors), _below("momentum.", tensors)
-        check_object(learned, f"{where}: learned tensors", momentum)
-        for name, tensor in momentum.items():
-            _check(tensor, torch.float32, learned[name].shape, f"{where}: momentum of {name}")
+        learned, optimizer = _below("learned.", tensors), _below("optimizer.", tensors)
+        for name, tensor in optimizer.items():
+            kind, _, parameter = name.partition(".")
+            check_object(learned, f"{where}: learned tensors", [parameter])
+            shape = () if kind == "step" else learned[parameter].shape
+            _check(tensor, torch.float32, shape, f"{where}: {kind} of {parameter}")
+        known = ("labels", "losses", "correct", "learned.", "optimizer.")
+        if foreign := [name for name in tensors if not name.startswith(known)]:
+            raise InputError(f"{where}: expected no tensor {foreign[0]!r}")
         _check(tensors["labels"], torch.int64, (tensors["labels"].numel(),), f"{where}: labels")
         for name, dtype in (("losses", torch.float32), ("correct", torch.int64)):
             _check(tensors[name], dtype, (said.step,), f"{where}: {name}")
         texts = {**asdict(said), "class_names": tuple(said.class_names)}
         numbers = {name: tensors[name] for name in ("labels", "losses", "correct")}
-        return cls(**texts, **numbers, learned=learned, momentum=momentum)
+        return cls(**texts, **numbers, learned=learned, optimizer=optimizer)
+
+    def optimizer_state(self, parameters: Sequence[str]) -> dict[int, dict[str, Tensor]]:
+        """The optimizer's tensors as its ``state_dict`` has them: by the place of each parameter, and by kind."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in self.optimizer.items():
+            kind, _, parameter = name.partition(".")
+            state.setdefault(parameters.index(parameter), {})[kind] = tensor
+        return state
 
     def check_data(self, learner: Learner, labels: Tensor, file: Path) -> None:
         """Compare with the learner and the data of now.

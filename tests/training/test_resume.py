@@ -24,9 +24,9 @@ def press_ctrl_c():
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def straight(toy, path):
+def straight(toy, path, **settings):
     learner, run = toy.learner(), toy.run(path)
-    result = toy.fit(learner, toy.source(), toy.settings(), run=run)
+    result = toy.fit(learner, toy.source(), toy.settings(**settings), run=run)
     run.save_model(learner)
     return learner, result, run
 
@@ -35,12 +35,14 @@ def without_clock(epochs):
     return [(epoch.epoch, epoch.loss, epoch.accuracy, epoch.lr) for epoch in epochs]
 
 
-@pytest.mark.parametrize("call", [1, 8, 10, 20])  # first step, inside an epoch, last step of one, last step of all
-def test_interrupted_run_ends_bitwise_like_a_straight_one(toy, tmp_path, call):
-    expected, expected_result, expected_run = straight(toy, tmp_path / "straight")
+# First step, inside an epoch, last step of one, last step of all.
+@pytest.mark.parametrize(("call", "optimizer"), [(1, "SGD"), (8, "SGD"), (10, "SGD"), (20, "SGD"), (8, "AdamW")])
+def test_interrupted_run_ends_bitwise_like_a_straight_one(toy, tmp_path, call, optimizer):
+    expected, expected_result, expected_run = straight(toy, tmp_path / "straight", optimizer=optimizer)
+    settings = toy.settings(optimizer=optimizer)
     path = tmp_path / "stopped"
     with pytest.raises(Interrupted) as stop:
-        toy.fit(toy.learner(), toy.source(at_call={call: press_ctrl_c}), toy.settings(), run=toy.run(path))
+        toy.fit(toy.learner(), toy.source(at_call={call: press_ctrl_c}), settings, run=toy.run(path))
     assert (stop.value.epoch - 1) * STEPS + stop.value.step == call
     assert str(path) in str(stop.value) and f"epoch {stop.value.epoch} of 4 after step {stop.value.step}" in str(
         stop.value
@@ -50,7 +52,7 @@ def test_interrupted_run_ends_bitwise_like_a_straight_one(toy, tmp_path, call):
 
     learner, run = toy.learner(), toy.run(path)
     source = toy.source()
-    result = toy.fit(learner, source, toy.settings(), run=run)
+    result = toy.fit(learner, source, settings, run=run)
     run.save_model(learner)
     assert len(source.features.asked) == 4 * STEPS - call  # no step twice
     for name, tensor in expected.state_dict().items():

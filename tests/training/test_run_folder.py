@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from fastprompt.errors import InputError
-from fastprompt.files import LOCK, TEMPORARY
+from fastprompt.files import LOCK, TEMPORARY, read_tensors, write_tensors
 from fastprompt.training import RunFolder, epoch_metrics
 from fastprompt.training.state import TrainingState
 from fastprompt.version import __version__
@@ -18,7 +18,7 @@ CONFIG = {"method": "toy", "training": {"lr": 0.1, "k": (5, 10)}, "data": Path("
 
 def make_state(**changes):
     values = {"class_names": ("a", "b"), "fingerprint": "f00d", "labels": torch.tensor([0, 1, 0]), "origin": "memory"}
-    values |= {"epoch": 1, "step": 2, "seconds": 0.1 + 0.2, "momentum": {}}
+    values |= {"epoch": 1, "step": 2, "seconds": 0.1 + 0.2, "optimizer": {}}
     values |= {"losses": torch.tensor([1.5, 2.5]), "correct": torch.tensor([1, 0])}
     values |= {"learned": {"a.weight": torch.randn(3, 2).T}}
     return TrainingState(**values | changes)
@@ -141,15 +141,16 @@ def test_damaged_config_and_metrics_name_the_file(run, content):
 
 
 def test_state_comes_back_exactly(run):
-    state = make_state(momentum={"a.weight": torch.randn(2, 3)})
+    state = make_state(optimizer={"momentum_buffer.a.weight": torch.randn(2, 3), "step.a.weight": torch.tensor(3.0)})
     run.save_state(state)
     back = run.load_state()
     assert (back.class_names, back.origin) == (("a", "b"), "memory") and torch.equal(back.labels, state.labels)
     assert (back.epoch, back.step, back.seconds) == (1, 2, 0.1 + 0.2)
     assert torch.equal(back.losses, state.losses) and torch.equal(back.correct, state.correct)
-    assert back.learned.keys() == back.momentum.keys() == {"a.weight"}
+    assert back.learned.keys() == {"a.weight"} and back.optimizer.keys() == state.optimizer.keys()
     assert torch.equal(back.learned["a.weight"], state.learned["a.weight"])
-    assert torch.equal(back.momentum["a.weight"], state.momentum["a.weight"])
+    assert all(torch.equal(back.optimizer[name], state.optimizer[name]) for name in state.optimizer)
+    assert back.optimizer_state(["b", "a.weight"])[1]["step"] == 3
 
 
 def test_damaged_or_foreign_state_is_refused(run, toy):
@@ -174,13 +175,26 @@ def test_damaged_or_foreign_state_is_refused(run, toy):
         ({"step": 3}, r"losses: expected finite numbers, torch.float32 \(3,\), got torch.float32 \(2,\)"),
         ({"losses": torch.tensor([1.5, float("nan")])}, "losses: expected finite numbers"),
         ({"labels": torch.ones(3)}, "labels: expected finite numbers, torch.int64"),
-        ({"momentum": {"b": torch.ones(1)}}, "learned tensors: expected a value 'b', got none"),
-        ({"momentum": {"a.weight": torch.ones(3)}}, r"momentum of a.weight: expected .* \(2, 3\), got .* \(3,\)"),
+        ({"optimizer": {"step.b": torch.ones(())}}, "learned tensors: expected a value 'b', got none"),
+        (
+            {"optimizer": {"exp_avg.a.weight": torch.ones(3)}},
+            r"exp_avg of a.weight: expected .* \(2, 3\), got .* \(3,\)",
+        ),
     ],
 )
 def test_a_state_that_no_training_leaves_is_refused(run, change, words):
     run.save_state(make_state(**change))
     with pytest.raises(InputError, match=words):
+        run.load_state()
+
+
+def test_a_state_of_an_older_version_is_refused(run):
+    """It called SGD's buffers otherwise, and a training without them would end with other numbers."""
+    run.save_state(make_state())
+    file = run.path / "training_state.safetensors"
+    tensors, metadata = read_tensors(file, "training state")
+    write_tensors(file, tensors | {"momentum.a.weight": torch.ones(2, 3)}, metadata)
+    with pytest.raises(InputError, match=r"expected no tensor 'momentum\.a\.weight'"):
         run.load_state()
 
 

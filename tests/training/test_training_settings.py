@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, SequentialLR
 
-from fastprompt import CoOp, GalLoP
+from fastprompt import CoOp, GalLoP, Recipe
 from fastprompt.errors import InputError
 from fastprompt.training import TrainingSettings, published_settings
 
@@ -19,6 +19,7 @@ from fastprompt.training import TrainingSettings, published_settings
         ({"momentum": 1.0}, "momentum must be from 0 to below 1, not 1.0"),
         ({"weight_decay": -1e-3}, "weight_decay must be a finite number, at least 0, not -0.001"),
         ({"epochs": 2, "warmup_epochs": 2}, "warmup_epochs must be from 0 to below the 2 epochs, not 2"),
+        ({"optimizer": "Adam"}, "optimizer must be SGD or AdamW, not Adam"),
         ({"warmup_lr": 0.0}, "warmup_lr must be a finite number above 0, not 0.0"),
         ({"seed": -1}, "seed must be at least 0, not -1"),
     ],
@@ -55,6 +56,18 @@ def test_learning_rate_at_known_points():
 @pytest.mark.parametrize(("images", "steps"), [(1, 1), (31, 1), (32, 1), (63, 1), (64, 2), (70, 2)])
 def test_incomplete_batch_is_dropped_only_after_a_full_one(images, steps):
     assert TrainingSettings(batch_size=32).steps_per_epoch(images) == steps
+
+
+def test_optimizers_are_made_by_name():
+    parameters = [torch.nn.Parameter(torch.ones(1))]
+    sgd = TrainingSettings().make_optimizer(parameters)
+    assert type(sgd) is torch.optim.SGD
+    assert [sgd.defaults[name] for name in ("lr", "momentum", "weight_decay", "nesterov")] == [0.002, 0.9, 5e-4, False]
+    adamw = TrainingSettings(optimizer="AdamW", lr=0.1, momentum=0.8).make_optimizer(parameters)
+    assert type(adamw) is torch.optim.AdamW
+    assert [adamw.defaults[name] for name in ("lr", "betas", "weight_decay")] == [0.1, (0.8, 0.999), 5e-4]
+    recipe = Recipe(source="test", epochs={1: 5}, optimizer="AdamW")
+    assert published_settings(recipe, 4) == TrainingSettings(epochs=5, optimizer="AdamW")
 
 
 def test_published_settings():
