@@ -61,6 +61,7 @@ def test_the_truth_is_in_float64_however_images_are_grouped(monkeypatch, module,
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.compile
 def test_code_that_does_not_compile_is_left_out_with_the_reason(monkeypatch, tmp_path):
     torch.compiler.reset()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -93,6 +93,7 @@ def test_error_rule_of_the_kernels_at_the_borders(shape, dtype):
     check(draw_inputs(shape, [[7]] * shape[2], dtype, device=DEVICE), "triton")
 
 
+@pytest.mark.interpreter
 def test_equal_patches_of_several_chunks():
     # Larger ones of later chunks take the places of equal ones of earlier chunks.
     check(draw_inputs((2, 300, 1, 5, 4), [[20, 3]], torch.float32, ties=True, device=DEVICE), "triton")

@@ -13,6 +13,7 @@ FAST = [(49, torch.bfloat16), (196, torch.bfloat16)]
 REST = [(577, torch.bfloat16), (196, torch.float16), (577, torch.float16)]
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize(("P", "dtype"), [*FAST, *(pytest.param(*one, marks=pytest.mark.torture) for one in REST)])
 @pytest.mark.parametrize("k", SCALES, ids=str)
 def test_error_rule_with_and_without_a_selection_kept(P, dtype, k):

@@ -89,6 +89,7 @@ class Both(torch.nn.Module):
         return topk_similarity(patches, prompts, K, impl=self.impl), selected_patches(patches, prompts, K)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["auto", "reference", "dense", "blocked"])
 def test_a_module_in_onnx_gives_the_same(impl):
     pytest.importorskip("onnxscript", reason="onnx and onnxscript are not installed")

@@ -69,6 +69,7 @@ def test_compiled_equals_eager(impl, dynamic):
             assert torch.equal(left, right)
 
 
+@pytest.mark.compile
 def test_compiled_by_inductor_equals_eager():
     patches, prompts, grad = make_inputs()
     values = torch.compile(topk_similarity, fullgraph=True)(patches, prompts, 3)
@@ -154,6 +155,7 @@ print({name: result.unique().tolist() for name, result in results.items()})
 """
 
 
+@pytest.mark.slow
 def test_every_reference_runs_where_there_is_nothing_but_torch():
     process = subprocess.run([sys.executable, "-c", WITHOUT_THE_REST], capture_output=True, text=True, check=True)
     assert ast.literal_eval(process.stdout) == {
@@ -182,6 +184,7 @@ print(json.dumps({**after_import, "values": values.tolist(), "message": message,
 """
 
 
+@pytest.mark.slow
 def test_without_a_gpu_triton_is_neither_imported_nor_used():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     process = subprocess.run(
