@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
+import os
 import reprlib
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
@@ -32,6 +33,11 @@ def home_path(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise InputError(f"path {path}: expected the name of a user behind ~, got {Path(path).parts[0]}") from error
+
+
+def absolute_path(path: str | Path) -> Path:
+    """Make a path absolute, behind its symbolic links; those that go in a circle stay, for whoever reads to refuse."""
+    return Path(os.path.realpath(path))  # Path.resolve raises over a circle before Python 3.13
 
 
 def check_file(file: Path, what: str) -> None:

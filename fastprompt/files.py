@@ -22,7 +22,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from fastprompt.documents import check_file
+from fastprompt.documents import absolute_path, check_file
 from fastprompt.errors import InputError
 
 try:
@@ -121,7 +121,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     Raises:
         InputError: Another process holds it (the sentence says which, and since when), or it cannot be written.
     """
-    folder = folder.resolve()
+    folder = absolute_path(folder)
     made: list[Path] = []
     try:
         lock = _take(folder, wait, made)

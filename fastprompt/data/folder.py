@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastprompt.data.images import Dataset, LabelledImages, readable_name
 from fastprompt.data.reading import IMAGE_SUFFIXES, find_images
+from fastprompt.documents import absolute_path
 from fastprompt.errors import InputError
 
 HELD_OUT = 0.2
@@ -63,7 +64,7 @@ def load_folder(root: Path, *, keep_underscores: bool = False) -> Dataset:
                 f"data folder {root}: class folders {first_folder[name]!r} and {folder!r} give one class name, {name!r}"
             )
     images = {split: _label(classes, tuple(names)) for split, classes in splits.items()}
-    return Dataset(root.resolve().name, images["train"], images.get("val"), images["test"])
+    return Dataset(absolute_path(root).name, images["train"], images.get("val"), images["test"])
 
 
 def _subfolders(folder: Path) -> list[Path]:

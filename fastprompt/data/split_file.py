@@ -4,7 +4,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from fastprompt.data.images import Dataset, LabelledImages, readable_name
-from fastprompt.documents import read_json, short
+from fastprompt.documents import absolute_path, read_json, short
 from fastprompt.errors import InputError, listed
 
 _Entry = tuple[str, int, str]  # path, label, class name
@@ -55,7 +55,7 @@ def load_split_file(root: Path, split_file: Path, *, keep_underscores: bool = Fa
         raise InputError(
             f"split file {split_file}: names {len(absent)} images that do not exist, the first is {absent[0]}"
         )
-    return Dataset(root.resolve().name, images["train"], images.get("val"), images["test"])
+    return Dataset(absolute_path(root).name, images["train"], images.get("val"), images["test"])
 
 
 def _read_entries(split_file: Path) -> dict[str, list[_Entry]]:

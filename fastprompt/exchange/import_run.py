@@ -6,7 +6,7 @@ import re
 
 from fastprompt.backbone import Backbone
 from fastprompt.data import load_dataset, readable_name, select_classes
-from fastprompt.documents import read_text
+from fastprompt.documents import absolute_path, read_text
 from fastprompt.errors import InputError
 from fastprompt.exchange.checkpoint import ROWS, Checkpoint, read_checkpoint
 from fastprompt.exchange.class_rows import SAME_EMBEDDING, read_class_rows
@@ -46,12 +46,12 @@ def import_run(config: ImportConfig, *, backbone: Backbone | None = None) -> Run
     restore_learned(learner, checkpoint.learned, checkpoint.file)
     described = {
         "method": learner.method,
-        "imported_from": config.file.resolve(),
+        "imported_from": absolute_path(config.file),
         "checkpoint": file_identity(config.file, "checkpoint"),
         **config.backbone.absolute(),
         "weights": backbone.fingerprint,
-        "data": None if config.data is None else config.data.resolve(),
-        "split_file": None if config.split_file is None else config.split_file.resolve(),
+        "data": None if config.data is None else absolute_path(config.data),
+        "split_file": None if config.split_file is None else absolute_path(config.split_file),
         "keep_underscores": keep,
         "classes": config.classes,
         "zero_shot_template": DEFAULT_TEMPLATE,

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from tyro.conf import Positional, arg
 
-from fastprompt.documents import check_number, home_path
+from fastprompt.documents import absolute_path, check_number, home_path
 from fastprompt.errors import InputError
 
 LOCAL = "local-dir:"
@@ -118,9 +118,9 @@ class BackboneConfig(Config):
         """The settings with absolute paths: a run is used from other folders, too."""
         name, weights = self.backbone, self.pretrained
         if name.startswith(LOCAL):
-            name = f"{LOCAL}{home_path(name.removeprefix(LOCAL)).resolve()}"
-        if weights is not None and (file := home_path(weights)).is_file():
-            weights = str(file.resolve())
+            name = f"{LOCAL}{absolute_path(home_path(name.removeprefix(LOCAL)))}"
+        if weights is not None and (file := absolute_path(home_path(weights))).is_file():
+            weights = str(file)
         return {**asdict(self), "backbone": name, "pretrained": weights}
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_ty
 import docstring_parser
 from tyro.conf import Suppress, arg
 
-from fastprompt.documents import home_path
+from fastprompt.documents import absolute_path, home_path
 from fastprompt.errors import InputError
 from fastprompt.experiment.config import (
     BackboneConfig,
@@ -66,7 +66,7 @@ class Experiment(Config):
     def files(self) -> dict[str, Path]:
         """The files that the method's learner reads, by the options that name them."""
         given = {name: getattr(self.learner, name) for name in find_method(self.method).files}
-        return {name: home_path(file).resolve() for name, file in given.items() if file is not None}
+        return {name: absolute_path(home_path(file)) for name, file in given.items() if file is not None}
 
     @property
     def run_name(self) -> str:
@@ -98,12 +98,12 @@ class Experiment(Config):
         """What decides the result: all but where it runs, how images are read, and where files go."""
         chosen = {"method": self.method, "recipe": self.recipe, **asdict(self.data), **self.options}
         if self.recipe.endswith(".json"):
-            chosen["recipe"] = home_path(self.recipe).resolve()
+            chosen["recipe"] = absolute_path(home_path(self.recipe))
         chosen |= self.backbone.absolute()
         if self.training is not None:
             chosen |= asdict(self.training) | asdict(self.settings())
             chosen["zero_shot_template"] = self.zero_shot_template()
-        return {name: value.resolve() if isinstance(value, Path) else value for name, value in chosen.items()}
+        return {name: absolute_path(value) if isinstance(value, Path) else value for name, value in chosen.items()}
 
 
 def configure(method: str, recipe: str = "default", **given: Any) -> Experiment:

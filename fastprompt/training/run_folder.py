@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fastprompt.documents import build, check_object, check_type, parse_json, read_json, read_text
+from fastprompt.documents import absolute_path, build, check_object, check_type, parse_json, read_json, read_text
 from fastprompt.errors import InputError
 from fastprompt.files import LOCK, TEMPORARY, locked, write_file
 from fastprompt.learners.stored import MODEL, Description, read_learner, write_learner
@@ -206,7 +206,7 @@ class RunFolder:
             learner: Its learned tensors, and what it is made from.
             weights_dir: Where the weights of its backbone were downloaded to, if not to open_clip's own folder.
         """
-        where = None if weights_dir is None else str(weights_dir.resolve())
+        where = None if weights_dir is None else str(absolute_path(weights_dir))
         with self._writing():
             write_learner(self.path / MODEL, learner, weights_dir=where)
             (self.path / STATE).unlink(missing_ok=True)

@@ -97,6 +97,15 @@ def test_changed_descriptions_are_noticed_however_their_file_is_named(photos, co
     assert "descriptions_contents = sha256 " in capsys.readouterr().err
 
 
+def test_links_that_go_in_a_circle_are_one_sentence(photos, common, capsys, tmp_path):
+    Path("said.json").symlink_to("said.json")
+    arguments = ["train", "dualpt", str(photos), *common, "--out", "run"]
+    for option in ("--descriptions", "--recipe"):
+        assert main([*arguments, option, "said.json"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_words_that_are_the_name_of_a_file_are_words(photos, common, tmp_path):
     (tmp_path / "photo").write_text("a file")
     assert main(["train", "coop", str(photos), *common, "--context", "photo", "--out", "run"]) == 0
