@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,9 +27,11 @@ from fastprompt.data import (
     seeded_crops,
 )
 from fastprompt.errors import InputError
-from fastprompt.experiment.configure import Experiment
 from fastprompt.experiment.sources import encode, feature_source, image_transform, plain_reader
 from fastprompt.sources import PATCHES, FeatureSource, ImageSource, Reads, ViewSource
+
+if TYPE_CHECKING:
+    from fastprompt.experiment.configure import Experiment
 
 log = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,8 +22,10 @@ from fastprompt.data import (
     read_batch,
 )
 from fastprompt.errors import InputError
-from fastprompt.experiment.config import BackboneConfig, FeatureConfig, PlaceConfig
 from fastprompt.sources import PATCHES, CachedSource, FeatureSource, ImageFeatures, ImageSource, ReadImages, Reads
+
+if TYPE_CHECKING:
+    from fastprompt.experiment.config import BackboneConfig, FeatureConfig, PlaceConfig
 
 
 def image_transform(backbone: Backbone) -> ImageTransform:
@@ -91,6 +94,8 @@ def feature_source(
         progress: whether to show bars.
         what: what the images are, for the bar: "test images", for instance.
     """
+    from fastprompt.experiment.config import FeatureConfig  # brings tyro, which crops and steps do without
+
     config = config or FeatureConfig()
     if not config.cache:
         read = plain_reader(backbone)
