@@ -101,7 +101,7 @@ def run(commands: list[list[str]], limit: int) -> dict[str, object]:
             return {"status": "failed", "output": str(error)}
         if ended.returncode:
             break
-    output = ended.stdout if ended.returncode == 0 else ended.stdout + ended.stderr
+    output = ended.stdout if ended.returncode == 0 else ended.stderr + ended.stdout  # pytest counts in its last line
     return {"status": "done" if ended.returncode == 0 else "failed", "output": output[-200_000:]}
 
 
