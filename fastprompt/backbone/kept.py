@@ -12,9 +12,13 @@ from torch import Tensor
 
 Made = TypeVar("Made")
 
+MOST = 192  # values at a time, however small: a list of class names brings three
+
 
 class Kept:
-    """Keeps what was made for the keys used last, as much as fits into ``limit`` bytes. Copies and pickles start empty.
+    """Keeps what was made for the keys used last: ``MOST`` values, and no more than fit into ``limit`` bytes.
+
+    Copies and pickles start empty.
 
     Tensors that a value was made from are compared by value with copies of them. Neither address nor version of a
     tensor tells whether it changed: writing through ``.data``, as moving averages of weights do, leaves both as they
@@ -54,7 +58,7 @@ class Kept:
             value, keep = make(), keep and not capturing
         if keep and self.has_room(value):
             self._entries[key] = known, value  # behind all others
-            while sum(nbytes(kept) for _, kept in self._entries.values()) > self.limit:
+            while len(self._entries) > MOST or sum(nbytes(kept) for _, kept in self._entries.values()) > self.limit:
                 del self._entries[next(iter(self._entries))]
         return value
 

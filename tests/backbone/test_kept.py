@@ -56,6 +56,14 @@ def test_the_keys_used_last_are_kept_within_the_limit(made):
     assert keys[-2:] == ["d", "d"]
 
 
+def test_values_without_tensors_are_not_kept_for_ever(made):
+    values, _, keys = made
+    for key in [*range(kept.MOST + 3), 3, 2]:
+        values.get(key, lambda key=key: keys.append(key) or "words")
+    assert keys == [*range(kept.MOST + 3), 2]  # of the first three, none is kept
+    assert len(values._entries) == kept.MOST
+
+
 def test_a_value_can_be_asked_for_without_keeping_it(made):
     _, get, keys = made
     get("a")
