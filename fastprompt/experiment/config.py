@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 from tyro.conf import Positional, arg
 
@@ -21,16 +21,19 @@ PLAIN = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH", bool: "{True,Fals
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What all of them share: numbers that are numbers and fit into 64 bits, and paths without ``~``.
+    """What all of them share: numbers that fit into 64 bits, and paths without ``~``, which may be given as strings.
 
     Raises:
         InputError: a number is not finite or too large, or a path names an unknown user.
     """
 
+    _paths: ClassVar[frozenset[str]]  # names of the settings that are paths
+
     def __init_subclass__(cls, **kwargs: object) -> None:
         """Keep None and () out of the help: they stand for a default that the words of a setting tell."""
         super().__init_subclass__(**kwargs)
         hints, kinds = get_type_hints(cls, include_extras=True), get_type_hints(cls)
+        cls._paths = frozenset(name for name, kind in kinds.items() if kind in (Path, Path | None))
         for name in cls.__annotations__:
             default = getattr(cls, name, ...)
             default = getattr(default, "default", default)
@@ -44,7 +47,7 @@ class Config:
         for setting in fields(self):
             value = getattr(self, setting.name)
             check_number(value, setting.name)
-            if isinstance(value, Path):
+            if isinstance(value, Path) or (isinstance(value, str) and setting.name in self._paths):
                 object.__setattr__(self, setting.name, home_path(value))
             if isinstance(value, tuple):
                 found = tuple(home_path(one) if isinstance(one, Path) else one for one in value)

@@ -11,7 +11,7 @@ from fastprompt.backbone.class_tokens import check_class_names
 from fastprompt.data import readable_name
 from fastprompt.documents import build, check_object
 from fastprompt.errors import InputError
-from fastprompt.learners import Learner, ZeroShot
+from fastprompt.learners import Learner
 from fastprompt.learners.stored import MODEL, rebuild
 from fastprompt.training import RunFolder
 from fastprompt.training.run_folder import CONFIG
@@ -66,10 +66,10 @@ class RunSettings:
 
 
 def run_settings(run: RunFolder) -> RunSettings:
-    """Read them; zero-shot has its template as an option, the other methods that of the row beside them."""
+    """Read them; methods that learn have the template of the zero-shot row beside them, others one of their own."""
     where = f"run {run.path / CONFIG}"
     names = {field.name: field.name for field in fields(RunSettings)}
-    if run.config.get("method") != ZeroShot.method:
+    if "zero_shot_template" in run.config:
         names["template"] = "zero_shot_template"
     check_object(run.config, where, names.values())
     return build(RunSettings, {name: run.config[stored] for name, stored in names.items()}, where)

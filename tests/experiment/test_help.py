@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import get_type_hints
 
 import docstring_parser
@@ -33,8 +34,14 @@ def test_every_setting_has_one_name_whatever_its_part(method):
 
 def test_settings_by_name_make_the_parts():
     config = configure("gallop", "imagenet", data="photos", shots=3, k=(2, 4), lr=0.5, device="cpu", out="run")
-    assert (config.data.data, config.training.shots, config.learner.k) == ("photos", 3, (2, 4))
-    assert (config.recipe, config.training.lr, config.runtime.device, config.out) == ("imagenet", 0.5, "cpu", "run")
+    assert (config.data.data, config.training.shots, config.learner.k) == (Path("photos"), 3, (2, 4))
+    assert (config.recipe, config.training.lr, config.runtime.device, config.out) == (
+        "imagenet",
+        0.5,
+        "cpu",
+        Path("run"),
+    )
+    assert config.resolved()["data"] == Path("photos").absolute()  # as the command line records it
     with pytest.raises(InputError, match="gallop: expected settings such as shots or backbone, got 'shoots'"):
         configure("gallop", data="photos", shoots=3)
 
