@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import fastprompt
 from fastprompt.cli import main
@@ -106,6 +107,14 @@ def test_the_reference_has_every_public_name_once_and_says_what_it_is():
     modules = ["fastprompt", *(f"fastprompt.{room}" for room in rooms), "fastprompt_kernels"]
     public = {name for module in modules for name in getattr(import_module(module), "__all__", ())}
     assert sorted(everywhere) == sorted(public - rooms - {"__version__"})
+
+
+def test_the_picture_of_instructions_shows_the_numbers_of_the_table():
+    counted = runpy.run_path(str(ROOT / "docs" / "images" / "draw_kernels.py"))["counted"]
+    with Image.open(ROOT / "docs" / "images" / "kernels-instructions.png") as picture:
+        assert picture.text["Description"] == str([counted(keep=False), counted(keep=True)])
+    for numbers in (counted(keep=False), counted(keep=True)):
+        assert [k for k, _ in numbers] == [4, 8, 16, 32]
 
 
 def test_pages_with_no_list_of_names_have_their_modules():

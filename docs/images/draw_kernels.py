@@ -84,19 +84,28 @@ def draw_network(row: list[int]) -> None:
     figure.savefig(FOLDER / "kernels-network.png", dpi=130)
 
 
-def draw_instructions() -> None:
-    """Counted instructions of the selection beside what the tensor cores leave time for."""
+def counted(keep: bool) -> list[tuple[int, float]]:
+    """Read K and its instructions an element, with or without the selection bits."""
     with TABLE.open(newline="") as handle:
         table = [row for row in csv.DictReader(handle) if DRAWN.items() <= row.items() and "INDEX" not in row["blocks"]]
+    return [
+        (int(row["k"]), float(row["per_element"])) for row in table if row["keep"] == str(keep) and row["per_element"]
+    ]
+
+
+def draw_instructions() -> None:
+    """Draw counted instructions of the selection beside what the tensor cores leave time for.
+
+    The numbers stand in the file, too, where a test compares them with the table.
+    """
     figure = new_figure(7.5, 3.8)
     axes = figure.add_axes((0.09, 0.14, 0.7, 0.8))
     style_axes(axes)
-    for place, (keep, text) in enumerate((("False", "selection alone"), ("True", "and selection bits written"))):
-        rows = [row for row in table if row["keep"] == keep and row["per_element"]]
-        of_kind = [(int(row["k"]), float(row["per_element"])) for row in rows]
-        at = [k.bit_length() - 3 + 0.36 * (place - 0.5) for k, _ in of_kind]
-        axes.bar(at, [count for _, count in of_kind], 0.34, color=PALETTE[place], label=text)
-        for x, (_, count) in zip(at, of_kind, strict=True):
+    for place, text in enumerate(("selection alone", "and selection bits written")):
+        counts = counted(keep=bool(place))
+        at = [k.bit_length() - 3 + 0.36 * (place - 0.5) for k, _ in counts]
+        axes.bar(at, [count for _, count in counts], 0.34, color=PALETTE[place], label=text)
+        for x, (_, count) in zip(at, counts, strict=True):
             axes.text(x, count + 0.5, f"{count:.1f}", ha="center", color=INK, fontsize=8)
     for D in (512, 768, 1024):
         axes.axhline(D * BUDGET, color=INK, linewidth=1, linestyle="--", zorder=0)
@@ -105,7 +114,8 @@ def draw_instructions() -> None:
     axes.set_ylabel("instructions an element", color=INK, fontsize=9)
     axes.set(xlim=(-0.5, 3.5), ylim=(0, 42))
     axes.legend(frameon=False, labelcolor=INK, fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.9))
-    figure.savefig(FOLDER / "kernels-instructions.png", dpi=130)
+    numbers = {"Description": str([counted(keep=False), counted(keep=True)])}
+    figure.savefig(FOLDER / "kernels-instructions.png", dpi=130, metadata=numbers)
 
 
 def _box(axes: Axes, x: float, y: float, width: float, height: float, colour: str, text: str) -> None:
